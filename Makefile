@@ -1,0 +1,64 @@
+# Everything a first user needs. 'make' alone lists the targets.
+#
+#   STACK   onedl (default) or openmmlab: which set of packages
+#   ENV     folder of the environment, .venv or .venv-openmmlab
+#   PYTHON  interpreter to create it with; else python3.11, python3.12, python3
+#   ARGS    passed on to pytest or to the demo, as in make test ARGS='-k solver'
+
+SHELL := bash
+STACK ?= onedl
+ENV ?= $(if $(filter openmmlab,$(STACK)),.venv-openmmlab,.venv)
+PYTHON ?=
+ARGS ?=
+
+RUN := $(ENV)/bin/python
+STAMP := $(ENV)/.setup-done
+OPTIONS := $(if $(filter openmmlab,$(STACK)), STACK=openmmlab)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format clean clean-env FORCE
+
+help: ## List the targets
+	@echo 'Usage: make TARGET [STACK=onedl|openmmlab] [PYTHON=python3.11] [ARGS=...]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s  %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## Set up the environment (.venv, or .venv-openmmlab)
+	@echo 'Ready: $(ENV) (stack $(STACK), $(shell $(RUN) --version 2>&1)).'
+	@echo 'Next: make demo$(OPTIONS), make test$(OPTIONS),' \
+	    'or $(RUN) tools/train.py CONFIG'
+
+demo: $(STAMP) ## Train an MDEQ and its peers on handwritten digits, and compare
+	@$(RUN) tools/demo/digits_demo.py $(ARGS)
+
+test: $(STAMP) ## Run the tests, but for the slow ones
+	@$(RUN) -m pytest -m 'not slow' $(ARGS)
+
+test-slow: $(STAMP) ## Run the slow tests
+	@$(RUN) -m pytest -m slow $(ARGS)
+
+lint: $(STAMP) ## Check style and format
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+format: $(STAMP) ## Correct style and format
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+clean: ## Remove caches and build products; results and environments stay
+	@rm -rf build dist *.egg-info .pytest_cache .hypothesis
+	@find . -path './.venv*' -prune -o -path ./work_dirs -prune -o \
+	    \( -name __pycache__ -o -name .ruff_cache \) -type d -exec rm -rf {} +
+
+clean-env: ## Remove the environment of STACK
+	rm -rf '$(ENV)'
+
+# Set up again when a requirement changes, or when the folder was moved, for the
+# environment holds the path of this one.
+ifneq ($(shell cat '$(STAMP)' 2>/dev/null),$(CURDIR))
+$(STAMP): FORCE
+endif
+
+$(STAMP): $(wildcard requirements/*.txt) setup.py
+	@bash requirements/install.sh '$(STACK)' '$(ENV)' '$(PYTHON)'
+
+FORCE:
