@@ -1,0 +1,3 @@
+from .hooks import CheckpointAllowlistHook, EquilibriumMonitorHook, UnrollWarmupHook
+
+__all__ = ['CheckpointAllowlistHook', 'EquilibriumMonitorHook', 'UnrollWarmupHook']

@@ -1,0 +1,58 @@
+"""Logging of what the solvers do."""
+
+from mmengine.hooks import Hook
+
+from ...implicit import Status
+from ...registry import HOOKS
+from .unroll_warmup_hook import equilibrium_layers
+
+
+@HOOKS.register_module()
+class EquilibriumMonitorHook(Hook):
+    """Logs evaluations, residuals and converged shares of the solves in training.
+
+    They are scalars in mmengine's message hub, so that every log and every
+    visualization backend shows them beside the loss: ``eq_steps`` (mean
+    evaluations of f), ``eq_residual`` (median) and ``eq_converged`` (share of
+    the samples) of the forward solve, and ``adjoint_steps``,
+    ``adjoint_residual`` and ``adjoint_converged`` of the backward solve. Models
+    without an equilibrium layer log nothing.
+
+    Args:
+        interval (int): Iterations between two readings; reading waits for the
+            device.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, interval=10):
+        if isinstance(interval, bool) or not isinstance(interval, int):
+            raise TypeError(
+                f'EquilibriumMonitorHook.interval must be an integer, got {interval!r}'
+            )
+        if interval < 1:
+            raise ValueError(
+                f'EquilibriumMonitorHook.interval={interval} is too small: use 1 '
+                'or more'
+            )
+        self.interval = interval
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        layers = equilibrium_layers(runner.model)
+        for i, layer in enumerate(layers):
+            solution = layer.last_solution
+            if solution is None:
+                continue
+            number = str(i) if len(layers) > 1 else ''
+            _log(runner.message_hub, f'eq{number}', solution)
+            if solution.adjoint is not None:
+                _log(runner.message_hub, f'adjoint{number}', solution.adjoint)
+
+
+def _log(hub, name, solution):
+    converged = (solution.status == Status.CONVERGED).float().mean()
+    hub.update_scalar(f'train/{name}_steps', solution.steps.float().mean().item())
+    hub.update_scalar(f'train/{name}_residual', solution.residual.median().item())
+    hub.update_scalar(f'train/{name}_converged', converged.item())

@@ -1,0 +1,95 @@
+"""Training that starts unrolled."""
+
+import numbers
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+
+from ...implicit import EquilibriumLayer
+from ...registry import HOOKS
+
+
+def equilibrium_layers(model):
+    """All equilibrium layers in a model, wrapped or not.
+
+    Args:
+        model (nn.Module): The model.
+
+    Returns:
+        list[EquilibriumLayer]: In the order of the model's modules.
+    """
+    if is_model_wrapper(model):
+        model = model.module
+    return [m for m in model.modules() if isinstance(m, EquilibriumLayer)]
+
+
+@HOOKS.register_module()
+class UnrollWarmupHook(Hook):
+    """Trains unrolled at first, because a random f has no equilibrium to find.
+
+    Until ``end``, equilibrium layers apply f ``unroll_steps`` times and
+    differentiate through all of them, in training and in validation; then they
+    solve. What applies follows from the Runner's iteration or epoch, so it is
+    right after a resume too. Testing a checkpoint always solves.
+
+    Args:
+        unroll_steps (int): Applications of f in the unrolled phase.
+        end (int): First iteration (or epoch) that solves; 0 never unrolls.
+        by_epoch (bool): Whether ``end`` counts epochs.
+
+    Raises:
+        TypeError: If a number is no integer.
+        ValueError: If a number is out of range, or the model has no equilibrium
+            layer.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, unroll_steps=5, end=0, by_epoch=False):
+        for name, value, least in (('unroll_steps', unroll_steps, 1), ('end', end, 0)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise TypeError(
+                    f'UnrollWarmupHook.{name} must be an integer, got {value!r}'
+                )
+            if value < least:
+                raise ValueError(
+                    f'UnrollWarmupHook.{name}={value} is too small: use {least} or more'
+                )
+        self.unroll_steps = unroll_steps
+        self.end = end
+        self.by_epoch = by_epoch
+        self._unrolled = None
+
+    def before_train(self, runner):
+        if not equilibrium_layers(runner.model):
+            raise ValueError(
+                'UnrollWarmupHook is set, but the model has no equilibrium layer: '
+                "remove the hook, or use a backbone of type='MDEQ'"
+            )
+        self._apply(runner)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self._apply(runner)
+
+    def after_train(self, runner):
+        self._set(runner, False)
+
+    def _apply(self, runner):
+        self._set(runner, (runner.epoch if self.by_epoch else runner.iter) < self.end)
+
+    def _set(self, runner, unrolled):
+        if unrolled == self._unrolled:
+            return
+        for layer in equilibrium_layers(runner.model):
+            layer.unroll_steps = self.unroll_steps if unrolled else None
+        if unrolled:
+            unit = 'epoch' if self.by_epoch else 'iteration'
+            runner.logger.info(
+                f'Training unrolled, {self.unroll_steps} evaluations of f, '
+                f'until {unit} {self.end}.'
+            )
+        elif self._unrolled:
+            runner.logger.info(
+                f'Training at the equilibrium from iteration {runner.iter} on.'
+            )
+        self._unrolled = unrolled

@@ -1,0 +1,43 @@
+"""The mathematics of equilibrium models; knows torch and the registry alone."""
+
+from .equation import Equation
+from .functional import FunctionalModule
+from .gradients import (
+    Gradient,
+    ImplicitGradient,
+    PhantomGradient,
+    UnrolledGradient,
+    build_gradient,
+)
+from .jacobian import hutchinson, spectral_radius
+from .layer import EquilibriumLayer
+from .solution import Solution, Status
+from .solvers import (
+    AndersonSolver,
+    BroydenSolver,
+    PicardSolver,
+    Solver,
+    build_solver,
+)
+from .state import StateSpec
+
+__all__ = [
+    'AndersonSolver',
+    'BroydenSolver',
+    'Equation',
+    'EquilibriumLayer',
+    'FunctionalModule',
+    'Gradient',
+    'ImplicitGradient',
+    'PhantomGradient',
+    'PicardSolver',
+    'Solution',
+    'Solver',
+    'StateSpec',
+    'Status',
+    'UnrolledGradient',
+    'build_gradient',
+    'build_solver',
+    'hutchinson',
+    'spectral_radius',
+]

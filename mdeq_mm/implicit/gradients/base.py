@@ -1,0 +1,252 @@
+"""The interface of gradients, and the one autograd function they share."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from ...registry import GRADIENTS, build_from
+from ..solution import Solution
+
+
+def build_gradient(cfg, field='gradient'):
+    """Build a gradient from ``dict(type=..., ...)``; see :func:`build_from`."""
+    return build_from(GRADIENTS, cfg, field)
+
+
+class Gradient:
+    """Base of all gradients: how gradients pass through an equilibrium.
+
+    A gradient owns the forward pass too, because some take any solver and some
+    iterate by themselves.
+    """
+
+    #: Whether the forward iteration is the gradient's own. The solver that is
+    #: configured beside it then serves the evaluation alone.
+    iterates = False
+
+    def check(self, solver):
+        """Refuse a solver that the gradient cannot work with.
+
+        Args:
+            solver (Solver): The solver of the forward pass.
+
+        Raises:
+            ValueError: With what to use instead.
+        """
+
+    def __call__(self, equation, start: Tensor, solver, trace=False):
+        """Solve, and return f(z*) with gradients.
+
+        Args:
+            equation (Equation): f with everything fixed.
+            start (Tensor): (N, D), the first iterate.
+            solver (Solver): Solver of the forward pass.
+            trace (bool): Whether the solution holds the residual of each step.
+
+        Returns:
+            tuple[Tensor, Solution]: f(z*), (N, D), differentiable with respect
+            to the equation's tensors, and the solution z*.
+        """
+        raise NotImplementedError
+
+
+class Linearisation:
+    """f recorded once at a point: products with its transposed Jacobians.
+
+    Holds edges into the recorded graph rather than tensors: what is kept in
+    memory is what autograd saved, which ``saved_tensors_hooks`` see.
+
+    Args:
+        equation (Equation): f.
+        z (Tensor): (N, D), the point.
+        tensors (Sequence[Tensor]): The equation's tensors.
+        healthy (Tensor): (N,) bool; other samples are evaluated at zero, with
+            inputs of zero.
+    """
+
+    def __init__(self, equation, z, tensors, healthy):
+        equation = equation.bind(tensors)
+        if not healthy.all():
+            z = torch.where(healthy[:, None], z, torch.zeros_like(z))
+            equation = equation.contained(healthy)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            leaves = [
+                t.detach().requires_grad_(t.requires_grad) for t in equation.tensors
+            ]
+            out = equation(z, leaves)
+        self.value = out.detach()
+        self._out = get_gradient_edge(out) if out.requires_grad else None
+        self._z = get_gradient_edge(z)
+        self._leaves = [
+            get_gradient_edge(t) if t.requires_grad else None for t in leaves
+        ]
+
+    def product(self, y):
+        """J' y, the product with the transposed Jacobian in z, (N, D)."""
+        if self._out is None:
+            return torch.zeros_like(y)
+        (grad,) = torch.autograd.grad(
+            self._out, self._z, y, retain_graph=True, allow_unused=True
+        )
+        return torch.zeros_like(y) if grad is None else grad
+
+    def full_product(self, y):
+        """Products with the transposed Jacobians in all tensors; frees the graph.
+
+        Returns:
+            list[Tensor | None]: In the order of the tensors.
+        """
+        wanted = [edge for edge in self._leaves if edge is not None]
+        if self._out is None or not wanted:
+            return [None] * len(self._leaves)
+        found = iter(torch.autograd.grad(self._out, wanted, y, allow_unused=True))
+        self._out = None
+        return [None if edge is None else next(found) for edge in self._leaves]
+
+
+class _Equilibrium(torch.autograd.Function):
+    """f(z*), with a backward pass that solves for the adjoint first.
+
+    The tensors of the equation are inputs of the function: their gradients are
+    returned, never accumulated by a ``backward()`` inside, which distributed
+    wrappers forbid.
+    """
+
+    @staticmethod
+    def forward(ctx, equation, solution, adjoint, *tensors):
+        z = solution.value
+        healthy = solution.residual.isfinite()
+        inputs_finite = equation.finite()
+        if inputs_finite is not None:
+            healthy &= inputs_finite
+        ctx.solution, ctx.adjoint = solution, adjoint
+        # The equation is kept without its tensors: they are saved where autograd
+        # sees them.
+        ctx.equation = equation.bind(())
+        ctx.save_for_backward(z, healthy, *tensors)
+        ctx.linear = None
+        if equation.recompute or not any(ctx.needs_input_grad):
+            inside = z
+            if not healthy.all():
+                inside = torch.where(healthy[:, None], z, torch.zeros_like(z))
+                equation = equation.contained(healthy)
+            out = equation(inside)
+        else:
+            ctx.linear = Linearisation(equation, z, tensors, healthy)
+            out = ctx.linear.value
+        # f(z*) may overflow though f was finite at z* in the solve; the head
+        # gets finite features in any case.
+        usable = healthy & out.isfinite().all(1)
+        return torch.where(usable[:, None], out, z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, healthy, *tensors = ctx.saved_tensors
+        linear, ctx.linear = ctx.linear, None
+        if linear is None:
+            linear = Linearisation(ctx.equation, z, tensors, healthy)
+        grad = grad.to(z.dtype)
+        usable = healthy & grad.isfinite().all(1)
+        grad = torch.where(usable[:, None], grad, torch.zeros_like(grad))
+        y, solution = ctx.adjoint(linear.product, grad)
+        ctx.solution.adjoint = solution
+        failed = ~(solution.residual.isfinite() & y.isfinite().all(1))
+        if failed.any():
+            # A derivative of f is not finite there: 0 * NaN would reach the
+            # shared weights, so f is recorded again without these samples.
+            usable &= ~failed
+            y = torch.where(usable[:, None], y, torch.zeros_like(y))
+            linear = Linearisation(ctx.equation, z, tensors, usable)
+        return None, None, None, *linear.full_product(y)
+
+
+def equilibrium(equation, solution: Solution, adjoint):
+    """f(z*), differentiable with respect to the equation's tensors.
+
+    Args:
+        equation (Equation): f.
+        solution (Solution): z*. Its ``adjoint`` is set by the backward pass.
+        adjoint (Callable): ``adjoint(product, grad) -> (y, Solution)`` computes
+            the adjoint from products with J' and the incoming gradient, (N, D).
+
+    Returns:
+        Tensor: (N, D). Samples whose solve gave nothing finite keep z* and
+        contribute nothing to any gradient.
+    """
+    return _Equilibrium.apply(equation, solution, adjoint, *equation.tensors)
+
+
+def iterate(equation, z: Tensor, steps, damping=1.0):
+    """Apply f a number of times, recorded for autograd.
+
+    Args:
+        equation (Equation): f.
+        z (Tensor): (N, D), where to start.
+        steps (int): Number of applications.
+        damping (float): z <- (1 - damping) z + damping f(z).
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: The last iterate, the one before it
+        (detached), and which samples stayed finite, (N,) bool. The others are
+        replaced by their start, without gradient.
+    """
+    healthy = torch.ones(len(z), dtype=torch.bool, device=z.device)
+    inputs_finite = equation.finite()
+    if inputs_finite is not None:
+        healthy &= inputs_finite
+    while True:
+        inside, start = equation, z
+        if not healthy.all():
+            inside = equation.contained(healthy)
+            start = torch.where(healthy[:, None], z, torch.zeros_like(z))
+        last, new = start, start
+        for _ in range(steps):
+            last, new = new, _apply(inside, new)
+            if damping != 1:
+                new = last.lerp(new, damping)
+        finite = new.detach().isfinite().all(1)
+        if (finite | ~healthy).all():
+            out = torch.where(healthy[:, None], new, z)
+            return out, torch.where(healthy[:, None], last.detach(), z), healthy
+        # Once more without the samples that failed on the way, since they would
+        # poison the gradients of the shared weights.
+        healthy = healthy & finite
+
+
+def _apply(equation, z):
+    if not (equation.recompute and torch.is_grad_enabled()):
+        return equation(z)
+    return torch.utils.checkpoint.checkpoint(
+        lambda z, *tensors: equation(z, tensors),
+        z,
+        *equation.tensors,
+        use_reentrant=False,
+        # f draws no random numbers, so there is no state to restore.
+        preserve_rng_state=False,
+    )
+
+
+def unit(grad: Tensor):
+    """Scale each sample to unit norm, without overflow on the way.
+
+    Args:
+        grad (Tensor): (N, D).
+
+    Returns:
+        tuple[Tensor, Tensor]: The scaled samples and their norms (N, 1); zero
+        stays zero.
+    """
+    largest = grad.abs().amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    scaled = grad / largest
+    norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    safe = torch.where(norm > 0, norm, torch.ones_like(norm))
+    return scaled / safe, norm * largest
+
+
+def infinite(n, like):
+    """Residuals (n,) of samples that gave nothing finite."""
+    return like.new_full((n,), math.inf)

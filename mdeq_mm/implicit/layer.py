@@ -1,0 +1,128 @@
+"""The equilibrium as a layer: equation, solver and gradient put together."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .equation import Equation
+from .functional import FunctionalModule
+from .gradients import ImplicitGradient, UnrolledGradient, build_gradient
+from .solvers import build_solver
+from .state import StateSpec
+
+
+class EquilibriumLayer(nn.Module):
+    """Layer whose output is the equilibrium z* = f(z*, inputs).
+
+    In training the output is f(z*) with gradients, in evaluation z* itself.
+
+    Args:
+        f (nn.Module): Called as ``f(maps, *inputs) -> maps`` with lists of maps
+            (N, ...) of unchanged shapes. It must be pure (see
+            :class:`FunctionalModule`) and treat samples one by one.
+        solver (dict | Solver): Solver of the forward pass.
+        gradient (dict | Gradient): How gradients pass through.
+        eval_solver (dict | Solver, optional): Solver in evaluation. Default:
+            ``solver``.
+        recompute (bool): Whether f is evaluated again in the backward pass
+            instead of keeping its intermediate results.
+
+    Attributes:
+        last_solution (Solution | None): Of the last forward pass, detached; its
+            ``adjoint`` is that of the last backward pass.
+        unroll_steps (int | None): If set, f is applied this many times in place
+            of a solve, in training and evaluation, differentiated directly.
+        trace (bool): Whether solutions hold the residual of each step.
+
+    Example:
+        >>> layer = EquilibriumLayer(f, dict(type='AndersonSolver'),
+        ...                          dict(type='ImplicitGradient'))
+        >>> (z,) = layer([torch.zeros(2, 8, 16, 16)], injection)
+        >>> print(layer.last_solution)
+    """
+
+    def __init__(self, f, solver, gradient, eval_solver=None, recompute=False):
+        super().__init__()
+        self.f = f
+        self.solver = build_solver(solver, 'solver')
+        self.eval_solver = (
+            self.solver
+            if eval_solver is None
+            else build_solver(eval_solver, 'eval_solver')
+        )
+        self.gradient = build_gradient(gradient, 'gradient')
+        self.gradient.check(self.solver)
+        self.recompute = recompute
+        self.unroll_steps = None
+        self.trace = False
+        self.last_solution = None
+        self._function = FunctionalModule(f)
+
+    def equation(self, start: Sequence[Tensor], *inputs: Tensor):
+        """The equation of one forward pass.
+
+        Args:
+            start (Sequence[Tensor]): Maps of the shapes of the state.
+            *inputs (Tensor): What f is given beside the state, (N, ...).
+
+        Returns:
+            Equation: f with weights and inputs fixed.
+        """
+        spec = StateSpec.of(start)
+        weights = self._function.tensors(self.f)
+        count = len(weights)
+        autocast = torch.is_autocast_enabled(start[0].device.type)
+
+        def function(z, tensors):
+            weights, inputs = tensors[:count], tensors[count:]
+            maps = spec.unpack(z)
+            if inputs and not autocast:
+                # The state may be wider than what f computes in.
+                maps = [m.to(inputs[0].dtype) for m in maps]
+            return spec.pack(self._function(weights, maps, *inputs), z.dtype)
+
+        return Equation(
+            function,
+            (*weights, *inputs),
+            [False] * count + [True] * len(inputs),
+            recompute=self.recompute,
+        )
+
+    def forward(self, start: Sequence[Tensor], *inputs: Tensor):
+        """Find the equilibrium.
+
+        Args:
+            start (Sequence[Tensor]): First iterate, maps (N, ...).
+            *inputs (Tensor): What f is given beside the state, (N, ...).
+
+        Returns:
+            list[Tensor]: Maps of the shapes of ``start``, float32 or wider.
+        """
+        spec = StateSpec.of(start)
+        equation = self.equation(start, *inputs)
+        z = spec.pack(start)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if self.unroll_steps is not None:
+            gradient = UnrolledGradient(self.unroll_steps)
+            out, solution = gradient(equation, z, None, self.trace)
+        elif self.training:
+            out, solution = self.gradient(equation, z, self.solver, self.trace)
+        else:
+            out, solution = self._evaluate(equation, z)
+        self.last_solution = solution
+        return spec.unpack(out)
+
+    def _evaluate(self, equation, z):
+        """z*, with gradients where somebody wants them."""
+        wanted = torch.is_grad_enabled() and any(
+            t.requires_grad for t in equation.tensors
+        )
+        if not wanted:
+            solution = self.eval_solver.solve(
+                equation, z, trace=self.trace, drop_finished=z.device.type == 'cpu'
+            )
+            return solution.value, solution
+        gradient = ImplicitGradient() if self.gradient.iterates else self.gradient
+        out, solution = gradient(equation, z, self.eval_solver, self.trace)
+        return solution.value + (out - out.detach()), solution

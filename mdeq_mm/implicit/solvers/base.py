@@ -1,0 +1,234 @@
+"""The one loop of all solvers."""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from ...registry import SOLVERS, build_from
+from ..solution import Solution, Status
+
+
+def build_solver(cfg, field='solver'):
+    """Build a solver from ``dict(type=..., ...)``; see :func:`build_from`."""
+    return build_from(SOLVERS, cfg, field)
+
+
+def check_int(field, value, least):
+    """Refuse a value that is no integer or below ``least``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f'{field} must be an integer, got {value!r}')
+    if value < least:
+        raise ValueError(f'{field}={value} is too small: use {least} or more')
+
+
+def check_share(field, value):
+    """Refuse a value outside (0, 1]."""
+    if not isinstance(value, numbers.Real) or not 0 < value <= 1:
+        raise ValueError(f'{field}={value!r} is out of range: use 0 < {field} <= 1')
+
+
+class Solver:
+    """Base of all solvers: finds z with f(z) = z, for each sample by itself.
+
+    A subclass says how the next iterate is made (:meth:`init`, :meth:`step`,
+    :meth:`take`). The loop here owns everything else: the best iterate, when a
+    sample is done and why, the trace, non-finite values, and samples that leave
+    the batch once they are done.
+
+    Args:
+        max_steps (int): Most evaluations of f a sample may take.
+        tol (float): Residual below which a sample is done. 0 always runs
+            ``max_steps`` evaluations.
+        norm (str): ``'rel'``, the residual is ||f(z) - z|| / ||f(z)||, or
+            ``'abs'``, it is ||f(z) - z||; Euclidean norms over one sample.
+        patience (int): A sample is STALLED once its best residual fell by less
+            than 1 % over this many evaluations.
+        drop_finished (bool, optional): Whether finished samples leave the batch,
+            so that a batch costs the sum of its samples' evaluations. Default:
+            the caller decides (:class:`EquilibriumLayer`: in evaluation on a
+            CPU).
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument has the wrong type.
+    """
+
+    #: A sample is DIVERGED once its residual grew by this factor.
+    growth = dict(rel=1e3, abs=1e6)
+
+    def __init__(
+        self, max_steps=30, tol=1e-3, norm='rel', patience=10, drop_finished=None
+    ):
+        check_int('max_steps', max_steps, 1)
+        check_int('patience', patience, 1)
+        if not isinstance(tol, numbers.Real) or isinstance(tol, bool):
+            raise TypeError(f'tol must be a number, got {tol!r}')
+        if not 0 <= tol < math.inf:
+            raise ValueError(
+                f'tol={tol} must be finite and at least 0; 0 runs all max_steps '
+                'evaluations'
+            )
+        if norm not in self.growth:
+            raise ValueError(f"norm={norm!r} is unknown: use 'rel' or 'abs'")
+        if drop_finished not in (None, True, False):
+            raise TypeError(
+                f'drop_finished must be True, False or None, got {drop_finished!r}'
+            )
+        self.max_steps = int(max_steps)
+        self.tol = float(tol)
+        self.norm = norm
+        self.patience = int(patience)
+        self.drop_finished = drop_finished
+
+    def __repr__(self):
+        fields = ', '.join(f'{k}={v!r}' for k, v in vars(self).items())
+        return f'{type(self).__name__}({fields})'
+
+    # What a subclass says
+
+    def init(self, z: Tensor):
+        """The solver's state before the first step; None where it has none."""
+        return None
+
+    def step(self, state, z: Tensor, fz: Tensor):
+        """The next iterate, (N, D), from z and f(z). May change ``state``."""
+        raise NotImplementedError
+
+    def take(self, state, index: Tensor):
+        """The state of some of the samples."""
+        return state
+
+    # The loop
+
+    def measure(self, z: Tensor, fz: Tensor):
+        """Residual of each sample, (N,); infinite where it is not finite."""
+        change = torch.linalg.vector_norm(fz - z, dim=1)
+        residual = change
+        if self.norm == 'rel':
+            limits = torch.finfo(z.dtype)
+            scale = torch.linalg.vector_norm(fz, dim=1)
+            # f(z) = z = 0 has a residual of zero, not 0/0; where f(z) alone is
+            # zero it is large, which is no reason to give up.
+            residual = (change / scale.clamp_min(limits.tiny)).clamp_max(limits.max)
+        return torch.where(change.isfinite(), residual, math.inf)
+
+    @torch.no_grad()
+    def solve(self, equation, start: Tensor, *, trace=False, drop_finished=False):
+        """Find the fixed point of an equation.
+
+        Args:
+            equation (Callable): ``equation(z) -> f(z)``, both (N, D); with
+                ``take(index)`` if samples are to leave the batch.
+            start (Tensor): (N, D), the first iterate. Non-finite samples start
+                from zero.
+            trace (bool): Whether to keep the residual of each evaluation.
+            drop_finished (bool): Used where the solver itself does not say.
+
+        Returns:
+            Solution: Never raises because a sample did not converge, and never
+            returns a non-finite value: look at ``status`` and ``residual``.
+        """
+        drop = drop_finished if self.drop_finished is None else self.drop_finished
+        finite = start.isfinite().all(1, keepdim=True)
+        z = torch.where(finite, start, torch.zeros_like(start))
+        progress = _Progress(self, z)
+        result = None
+        rows = torch.arange(len(z), device=z.device)
+        residuals = []
+        state = self.init(z)
+        for count in range(1, self.max_steps + 1):
+            fz = equation(z)
+            residual = self.measure(z, fz)
+            if trace:
+                line = z.new_full((len(start),), math.nan)
+                line[rows] = torch.where(progress.running, residual, math.nan)
+                residuals.append(line)
+            progress.update(z, residual)
+            # The only synchronisation of a step.
+            left = int(progress.running.sum())
+            if left == 0 or count == self.max_steps:
+                break
+            if drop and left < len(z):
+                result = progress.store(result, rows, len(start))
+                keep = progress.running.nonzero().squeeze(1)
+                rows, z, fz = rows[keep], z[keep], fz[keep]
+                equation, state = equation.take(keep), self.take(state, keep)
+                progress = progress.take(keep)
+            z = self._advance(state, z, fz, progress)
+        result = progress.store(result, rows, len(start))
+        return Solution(**result, trace=torch.stack(residuals) if trace else None)
+
+    def _advance(self, state, z, fz, progress):
+        """The next iterate; samples that are done wait at their best one."""
+        running = progress.running[:, None]
+        # A sample that is done may have a non-finite f(z): keep it out of the
+        # solver's history, which is shared memory though not shared numbers.
+        fz = torch.where(running, fz, z)
+        new = self.step(state, z, fz)
+        usable = new.isfinite().all(1, keepdim=True)
+        new = torch.where(usable, new, fz)
+        return torch.where(running, new, progress.value)
+
+
+class _Progress:
+    """Best iterate and status of the samples that are in the batch."""
+
+    def __init__(self, solver, z):
+        self.solver = solver
+        n = len(z)
+        self.value = z.clone()
+        self.residual = z.new_full((n,), math.inf)
+        self.steps = torch.zeros(n, dtype=torch.int64, device=z.device)
+        self.status = torch.full_like(self.steps, Status.MAX_STEPS)
+        self.running = torch.ones_like(self.steps, dtype=torch.bool)
+        self.first = None
+        # Residual that counts as the last progress, and evaluations since then.
+        self.anchor = self.residual.clone()
+        self.idle = torch.zeros_like(self.steps)
+
+    def update(self, z, residual):
+        """Take in one evaluation: residuals (N,) at z."""
+        solver = self.solver
+        finite = residual.isfinite()
+        better = self.running & (residual < self.residual)
+        torch.where(better[:, None], z, self.value, out=self.value)
+        self.residual = torch.where(better, residual, self.residual)
+        self.steps += self.running
+        if self.first is None:
+            self.first = residual.clone()
+        moved = residual < 0.99 * self.anchor
+        self.anchor = torch.where(moved, residual, self.anchor)
+        self.idle = torch.where(moved, torch.zeros_like(self.idle), self.idle + 1)
+
+        diverged = ~finite | (residual > solver.growth[solver.norm] * self.first)
+        ends = [(diverged, Status.DIVERGED)]
+        if solver.tol > 0:
+            ends += [
+                (self.idle >= solver.patience, Status.STALLED),
+                (residual <= solver.tol, Status.CONVERGED),
+            ]
+        done = torch.zeros_like(self.running)
+        for mask, status in ends:
+            mask = mask & self.running
+            self.status = torch.where(mask, int(status), self.status)
+            done |= mask
+        self.running = self.running & ~done
+
+    def take(self, index):
+        new = object.__new__(type(self))
+        for key, value in vars(self).items():
+            setattr(new, key, value if key == 'solver' else value[index])
+        return new
+
+    def store(self, result, rows, total):
+        """Write these samples into the result of the whole batch."""
+        fields = {k: getattr(self, k) for k in ('value', 'residual', 'steps', 'status')}
+        if result is None:
+            if len(rows) == total:
+                return fields
+            result = {k: v.new_empty(total, *v.shape[1:]) for k, v in fields.items()}
+        for key, value in fields.items():
+            result[key][rows] = value
+        return result

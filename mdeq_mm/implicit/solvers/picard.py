@@ -1,0 +1,34 @@
+"""Damped fixed-point iteration."""
+
+from ...registry import SOLVERS
+from .base import Solver, check_share
+
+
+@SOLVERS.register_module()
+class PicardSolver(Solver):
+    """Damped fixed-point iteration, z <- (1 - d) z + d f(z).
+
+    Converges where f is contractive, at the rate of its contraction. It keeps no
+    history.
+
+    Args:
+        damping (float): d in (0, 1]; 1 is the plain iteration. Smaller values
+            converge on maps whose Jacobian has large negative eigenvalues.
+        **kwargs: Arguments of :class:`Solver`.
+    """
+
+    def __init__(
+        self,
+        max_steps=30,
+        tol=1e-3,
+        norm='rel',
+        damping=1.0,
+        patience=10,
+        drop_finished=None,
+    ):
+        super().__init__(max_steps, tol, norm, patience, drop_finished)
+        check_share('damping', damping)
+        self.damping = float(damping)
+
+    def step(self, state, z, fz):
+        return fz if self.damping == 1 else z.lerp(fz, self.damping)

@@ -1,0 +1,76 @@
+"""Several feature maps as one flat state."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """Shapes of the maps that one flat state (N, D) consists of.
+
+    Attributes:
+        shapes (tuple[tuple[int, ...], ...]): Shape of each map without its batch
+            dimension, in the order in which they lie in the state.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, maps: Sequence[Tensor]):
+        """The spec of given maps, each (N, ...)."""
+        return cls(tuple(tuple(m.shape[1:]) for m in maps))
+
+    @property
+    def sizes(self):
+        """tuple[int, ...]: Number of entries of each map, for one sample."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def dim(self):
+        """int: D, the length of one sample's state."""
+        return sum(self.sizes)
+
+    def zeros(self, batch, **options):
+        """A state of zeros, (batch, D)."""
+        return torch.zeros(batch, self.dim, **options)
+
+    def pack(self, maps: Sequence[Tensor], dtype=None):
+        """Copy maps into one new flat state.
+
+        Args:
+            maps (Sequence[Tensor]): Maps (N, *shape), in the order of ``shapes``.
+            dtype (torch.dtype, optional): Type of the state; that of the maps
+                where not given.
+
+        Returns:
+            Tensor: (N, D).
+
+        Raises:
+            ValueError: If the maps have other shapes than the spec.
+        """
+        found = StateSpec.of(maps)
+        if found != self:
+            raise ValueError(
+                f'maps of shapes {found.shapes} do not fit the state, which has '
+                f'{self.shapes}: f must return maps of the shapes it is given'
+            )
+        flat = torch.cat([m.flatten(1) for m in maps], dim=1)
+        return flat if dtype is None else flat.to(dtype)
+
+    def unpack(self, flat: Tensor):
+        """Views of a flat state as maps.
+
+        Args:
+            flat (Tensor): (N, D).
+
+        Returns:
+            list[Tensor]: Maps (N, *shape) that share the memory of ``flat``.
+        """
+        parts = flat.split(self.sizes, dim=1)
+        return [
+            p.unflatten(1, shape) for p, shape in zip(parts, self.shapes, strict=True)
+        ]

@@ -1,0 +1,282 @@
+"""The MDEQ backbone."""
+
+import numbers
+import warnings
+
+import torch
+from mmcv.cnn import ConvModule
+from mmengine.model import BaseModule
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...implicit import EquilibriumLayer
+from ...registry import MODELS
+from ...utils.checkpoint import check_state_dict, load_pretrained
+from ..layers import MultiscaleFunction, channel_mask
+from .arch import build_arch
+
+
+@MODELS.register_module()
+class MDEQ(BaseModule):
+    """Multiscale deep equilibrium model (Bai, Koltun and Kolter 2020).
+
+    A stem and an injection feed one multiscale function f, which is driven to its
+    equilibrium z* = f(z*, x) at all resolutions at once. The backbone returns z*
+    (in training f(z*), through which the gradient passes).
+
+    Args:
+        arch (str | dict): ``'cifar-tiny'``, ``'cifar-large'``, ``'small'``,
+            ``'large'`` or ``'xl'``, or a dict of the fields of :class:`Arch`.
+        in_channels (int): Channels of the image.
+        out_indices (Sequence[int]): Branches that are returned, 0 being the
+            highest resolution. Default: all.
+        drop_rate (float, optional): Rate of the variational dropout in place of
+            the arch's.
+        solver (dict): Solver of the forward pass.
+        eval_solver (dict, optional): Solver in evaluation. Default: ``solver``.
+        gradient (dict): How gradients pass through the equilibrium.
+        norm_cfg (dict): Norm of stem and injection.
+        norm_eval (bool): Whether batch norms stay in evaluation mode in training.
+        frozen_stages (int): What is frozen: -1 nothing, 0 the stem, 1 the
+            injection too, 2 everything.
+        with_cp (bool): Whether f is evaluated again in the backward pass instead
+            of keeping its intermediate results.
+        pretrained (str, optional): Checkpoint to start from; as
+            ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
+        init_cfg (dict | list[dict], optional): Initialisation. With
+            ``type='Pretrained'``, files that do not fit are an error.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from mdeq_mm.models import MDEQ
+        >>> backbone = MDEQ(arch='small').eval()
+        >>> with torch.no_grad():
+        ...     maps = backbone(torch.rand(1, 3, 64, 64))
+        >>> [tuple(m.shape) for m in maps]
+        [(1, 32, 16, 16), (1, 64, 8, 8), (1, 128, 4, 4), (1, 256, 2, 2)]
+        >>> backbone.last_solution.steps.tolist()
+        [26]
+    """
+
+    def __init__(
+        self,
+        arch='small',
+        in_channels=3,
+        out_indices=None,
+        drop_rate=None,
+        solver=dict(type='BroydenSolver', max_steps=26, tol=1e-3),
+        eval_solver=None,
+        gradient=dict(
+            type='ImplicitGradient',
+            solver=dict(type='BroydenSolver', max_steps=27, tol=1e-3),
+        ),
+        norm_cfg=dict(type='BN'),
+        norm_eval=False,
+        frozen_stages=-1,
+        with_cp=False,
+        pretrained=None,
+        init_cfg=None,
+    ):
+        super().__init__(_init_cfg(pretrained, init_cfg))
+        if drop_rate is not None:
+            arch = vars(build_arch(arch)) | dict(dropout=drop_rate)
+        self.arch = build_arch(arch)
+        self.out_indices = _out_indices(out_indices, len(self.arch.channels))
+        if frozen_stages not in (-1, 0, 1, 2):
+            raise ValueError(
+                f'frozen_stages={frozen_stages!r} is out of range: use -1 (nothing), '
+                '0 (stem), 1 (injection too) or 2 (everything)'
+            )
+        self.norm_eval = norm_eval
+        self.frozen_stages = frozen_stages
+
+        width = self.arch.channels[0]
+        self.stem = nn.Sequential()
+        for i in range(max(2, self.arch.downsample_times)):
+            self.stem.append(
+                ConvModule(
+                    width if i else in_channels,
+                    width,
+                    3,
+                    stride=2 if i < self.arch.downsample_times else 1,
+                    padding=1,
+                    bias=False,
+                    norm_cfg=norm_cfg,
+                )
+            )
+        self.injection = (
+            ConvModule(width, width, 1, bias=False, norm_cfg=norm_cfg)
+            if self.arch.has_injection
+            else nn.Identity()
+        )
+        f = MultiscaleFunction(
+            self.arch.channels,
+            self.arch.num_blocks,
+            self.arch.num_groups,
+            self.arch.expansion,
+            self.arch.post_gn_affine,
+            self.arch.weight_norm,
+        )
+        self.equilibrium = EquilibriumLayer(
+            f, solver, gradient, eval_solver, recompute=with_cp
+        )
+        self.register_load_state_dict_pre_hook(check_state_dict)
+        self._freeze()
+
+    @property
+    def last_solution(self):
+        """Solution | None: Of the last forward pass, detached."""
+        return self.equilibrium.last_solution
+
+    def init_weights(self):
+        """Initialise, or load the checkpoint that ``init_cfg`` names."""
+        cfg = self.init_cfg
+        if isinstance(cfg, dict) and cfg.get('type') == 'Pretrained':
+            load_pretrained(self, cfg['checkpoint'], cfg.get('prefix'))
+            self._is_init = True
+        else:
+            super().init_weights()
+
+    def forward(self, x):
+        """Find the equilibrium of a batch of images.
+
+        Args:
+            x (Tensor): (N, in_channels, H, W); sides of at least
+                ``2 ** (downsample_times + branches - 1)`` pixels.
+
+        Returns:
+            tuple[Tensor]: The branches of ``out_indices``, (N, C_i, H_i, W_i),
+            highest resolution first; each side is that of the branch before,
+            halved and rounded up.
+
+        Raises:
+            ValueError: If the images are too small.
+        """
+        least = self.arch.min_size
+        if min(x.shape[2:]) < least:
+            raise ValueError(
+                f'images of {x.shape[2]}x{x.shape[3]} pixels are too small for '
+                f'{len(self.arch.channels)} branches after '
+                f'{self.arch.downsample_times} halvings: use at least {least} a side, '
+                'or fewer branches'
+            )
+        injection = self.injection(self.stem(x))
+        start = self._start(injection)
+        masks = ()
+        if self.training and self.arch.dropout > 0:
+            masks = [
+                channel_mask(z, self.arch.dropout)
+                for z, blocks in zip(start, self.arch.num_blocks, strict=True)
+                for _ in range(blocks)
+            ]
+        maps = self.equilibrium(start, injection, *masks)
+        return tuple(maps[i] for i in self.out_indices)
+
+    def _start(self, injection):
+        """States of zeros for an injection."""
+        n, _, height, width = injection.shape
+        start = []
+        for channels in self.arch.channels:
+            start.append(injection.new_zeros(n, channels, height, width))
+            height, width = -(-height // 2), -(-width // 2)
+        return start
+
+    def get_flops(self, input_shape=(3, 224, 224), steps=None):
+        """Count floating-point operations for one image, in evaluation.
+
+        A multiplication and an addition count as two. Convolutions are counted;
+        norms and activations, which are under 2 % of it, are not.
+
+        Args:
+            input_shape (tuple[int, int, int]): Channels, height, width.
+            steps (int, optional): Evaluations of f in the solve. Default: the
+                limit of the evaluation solver.
+
+        Returns:
+            dict[str, int]: ``stem`` (with the injection), ``function`` (one
+            evaluation of f), ``steps``, ``solve`` (all evaluations) and ``total``.
+        """
+        steps = self.equilibrium.eval_solver.max_steps if steps is None else steps
+        weight = next(self.parameters())
+        image = weight.new_zeros(1, *input_shape)
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                with FlopCounterMode(display=False) as counter:
+                    injection = self.injection(self.stem(image))
+                stem = counter.get_total_flops()
+                start = self._start(injection)
+                with FlopCounterMode(display=False) as counter:
+                    self.equilibrium.f(start, injection)
+                function = counter.get_total_flops()
+        finally:
+            self.train(training)
+        return dict(
+            stem=stem,
+            function=function,
+            steps=steps,
+            solve=function * steps,
+            total=stem + function * steps,
+        )
+
+    def train(self, mode=True):
+        """Set training mode, keeping frozen parts and norms as configured."""
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _freeze(self):
+        stages = (self.stem, self.injection, self.equilibrium)
+        for stage in stages[: self.frozen_stages + 1]:
+            stage.eval()
+            for parameter in stage.parameters():
+                parameter.requires_grad = False
+
+
+def _init_cfg(pretrained, init_cfg):
+    if pretrained is not None:
+        if init_cfg is not None:
+            raise ValueError(
+                f'pretrained={pretrained!r} and init_cfg are both given: keep init_cfg'
+            )
+        if not isinstance(pretrained, str):
+            raise TypeError(f'pretrained must be a path or URL, got {pretrained!r}')
+        warnings.warn(
+            'pretrained is deprecated: use '
+            f"init_cfg=dict(type='Pretrained', checkpoint={pretrained!r})",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        return dict(type='Pretrained', checkpoint=pretrained)
+    if init_cfg is not None:
+        return init_cfg
+    # Weight-normalised convolutions keep PyTorch's own initialisation, as in the
+    # official model: writing to the normalised weight leaves what it is made of.
+    return [
+        dict(type='Normal', layer='Conv2d', std=0.01),
+        dict(type='Constant', layer=['_BatchNorm', 'GroupNorm'], val=1, bias=0),
+    ]
+
+
+def _out_indices(out_indices, branches):
+    if out_indices is None:
+        return tuple(range(branches))
+    if isinstance(out_indices, int):
+        out_indices = (out_indices,)
+    for index in out_indices:
+        if not isinstance(index, numbers.Integral) or not 0 <= index < branches:
+            raise ValueError(
+                f'out_indices={tuple(out_indices)} holds {index!r}, but there are '
+                f'{branches} branches: use 0 to {branches - 1}'
+            )
+    return tuple(out_indices)

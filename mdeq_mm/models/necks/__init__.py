@@ -1,0 +1,3 @@
+from .fuse_scales import MDEQFuseScales
+
+__all__ = ['MDEQFuseScales']

@@ -1,0 +1,152 @@
+"""The fusion of scales in the official classification head."""
+
+import numbers
+from collections import OrderedDict
+from itertools import pairwise
+
+from mmcv.cnn import ConvModule, build_norm_layer
+from mmengine.model import BaseModule
+from torch import nn
+
+from ...registry import MODELS
+
+
+class _Bottleneck(nn.Module):
+    """Bottleneck whose inner norms have no affine parameters."""
+
+    def __init__(self, inside, width, expansion, norm_cfg):
+        super().__init__()
+        outside = width * expansion
+        plain = norm_cfg | dict(affine=False)
+
+        def layer(a, b, kernel, norm, act):
+            return ConvModule(
+                a,
+                b,
+                kernel,
+                padding=kernel // 2,
+                bias=False,
+                norm_cfg=norm,
+                act_cfg=act,
+            )
+
+        relu = dict(type='ReLU')
+        self.layers = nn.Sequential(
+            layer(inside, width, 1, plain, relu),
+            layer(width, width, 3, plain, relu),
+            layer(width, outside, 1, plain, None),
+        )
+        self.shortcut = (
+            nn.Identity()
+            if inside == outside
+            else layer(inside, outside, 1, norm_cfg, None)
+        )
+
+    def forward(self, x):
+        return (self.layers(x) + self.shortcut(x)).relu()
+
+
+def _biased(inside, outside, kernel, stride, norm_cfg):
+    """Convolution with a bias, norm, ReLU.
+
+    The bias has no effect in front of a batch norm, but official checkpoints have
+    it; ``ConvModule`` would warn about it.
+    """
+    layers = OrderedDict(
+        conv=nn.Conv2d(inside, outside, kernel, stride, padding=kernel // 2),
+        bn=build_norm_layer(norm_cfg, outside)[1],
+        act=nn.ReLU(),
+    )
+    return nn.Sequential(layers)
+
+
+@MODELS.register_module()
+class MDEQFuseScales(BaseModule):
+    """From the branches of an MDEQ to one map: the official head's fusion.
+
+    A bottleneck widens each branch; from the highest resolution down, the sum so
+    far is halved by a strided convolution and added to the next branch; a 1x1
+    convolution ends it. Followed by ``GlobalAveragePooling`` and
+    ``LinearClsHead`` it is the official classification head.
+
+    Args:
+        in_channels (Sequence[int]): Channels of each branch.
+        head_channels (Sequence[int]): Width of each bottleneck.
+        out_channels (int): Channels of the output.
+        expansion (int): Factor from the width of a bottleneck to its output.
+        norm_cfg (dict): Norm; batch norm in the official model.
+        init_cfg (dict | list[dict], optional): Initialisation. Default: the
+            official one.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the lists are of unequal length, or a number is below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        head_channels,
+        out_channels,
+        expansion=4,
+        norm_cfg=dict(type='BN'),
+        init_cfg=[
+            dict(type='Normal', layer='Conv2d', std=0.01),
+            dict(type='Constant', layer='_BatchNorm', val=1, bias=0),
+        ],
+    ):
+        super().__init__(init_cfg)
+        fields = dict(in_channels=in_channels, head_channels=head_channels)
+        for name, value in fields.items():
+            if not isinstance(value, list | tuple):
+                raise TypeError(
+                    f'{name} must be a list, one integer a branch, got {value!r}'
+                )
+        if len(in_channels) != len(head_channels):
+            raise ValueError(
+                f'in_channels={list(in_channels)} and head_channels='
+                f'{list(head_channels)} are of unequal length: give one of each for '
+                'every branch'
+            )
+        numbers_ = [*in_channels, *head_channels, out_channels, expansion]
+        for value in numbers_:
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(
+                    f'MDEQFuseScales got {value!r} among its channels: use integers '
+                    'of 1 or more'
+                )
+        widths = [h * expansion for h in head_channels]
+        self.bottlenecks = nn.ModuleList(
+            _Bottleneck(c, h, expansion, norm_cfg)
+            for c, h in zip(in_channels, head_channels, strict=True)
+        )
+        self.downsamples = nn.ModuleList(
+            _biased(a, b, 3, 2, norm_cfg) for a, b in pairwise(widths)
+        )
+        self.final = _biased(widths[-1], out_channels, 1, 1, norm_cfg)
+
+    def forward(self, inputs):
+        """Fuse the branches.
+
+        Args:
+            inputs (tuple[Tensor]): (N, C_i, H_i, W_i), each side half of the one
+                before, rounded up.
+
+        Returns:
+            tuple[Tensor]: One map, (N, out_channels, H, W) at the lowest
+            resolution.
+
+        Raises:
+            ValueError: If the number of maps is not that of ``in_channels``.
+        """
+        if len(inputs) != len(self.bottlenecks):
+            raise ValueError(
+                f'MDEQFuseScales got {len(inputs)} maps for {len(self.bottlenecks)} '
+                "in_channels: set the backbone's out_indices to as many branches"
+            )
+        total = self.bottlenecks[0](inputs[0])
+        for x, bottleneck, downsample in zip(
+            inputs[1:], self.bottlenecks[1:], self.downsamples, strict=True
+        ):
+            total = bottleneck(x) + downsample(total)
+        return (self.final(total),)
