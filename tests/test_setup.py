@@ -120,6 +120,10 @@ class TestPackage:
         assert found.stdout.split() == ['0.1.0'], found.stderr
 
     def test_wheel_and_sdist_ship_configs_and_tools(self, copy, tmp_path):
+        for name in ('.ruff_cache/CACHEDIR.TAG', '__pycache__/runtime.pyc'):
+            leftover = copy / 'configs' / '_base_' / name
+            leftover.parent.mkdir()
+            leftover.touch()
         code = (
             'from setuptools import build_meta as b; import sys; to = sys.argv[1];'
             'b.build_wheel(to); b.build_sdist(to)'
@@ -135,6 +139,7 @@ class TestPackage:
         assert 'mdeq_mm/.mim/configs/_base_/default_runtime.py' in names
         assert 'mdeq_mm/.mim/tools/train.py' in names
         assert any(n.endswith('LICENSE') for n in names)
+        assert not any('cache' in name for name in names)
         assert {n.split('/')[0] for n in names} == {
             'mdeq_mm',
             'mdeq_mm-0.1.0.dist-info',

@@ -1,0 +1,13 @@
+_base_ = [
+    '../_base_/models/mdeq_large.py',
+    '../_base_/datasets/imagenet_bs32.py',
+    '../_base_/schedules/imagenet_bs128_100e_wd1e-4.py',
+    '../_base_/default_runtime.py',
+]
+
+# Training starts with 4 unrolled steps of f: at random initialisation the
+# equilibrium is not found, and its implicit gradient means nothing.
+default_hooks = dict(
+    warmup=dict(type='UnrollWarmupHook', unroll_steps=4, end=510000, by_epoch=False),
+    monitor=dict(type='EquilibriumMonitorHook'),
+)

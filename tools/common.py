@@ -1,0 +1,268 @@
+"""What train.py and test.py share: reading, checking and completing a config."""
+
+import argparse
+import inspect
+import os
+import os.path as osp
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import DATASETS, RUNNERS
+from mmengine.runner import Runner
+
+from mdeq_mm.utils.checkpoint import (
+    check_state_dict,
+    read_checkpoint,
+    state_dict_of,
+)
+
+# What torchrun sets for each of its processes.
+TORCHRUN_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one sentence that the user can act on."""
+    sys.exit(f'{osp.basename(sys.argv[0])}: error: {message}')
+
+
+def has_accelerator() -> bool:
+    """Whether models are placed on anything but the CPU."""
+    return get_device() != 'cpu'
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path carries a scheme, such as https:// or s3://, to be resolved
+    by mmengine's file backends and not by the file system.
+    """
+    return re.match(r'\w[\w-]+:', path) is not None
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that train.py and test.py have in common."""
+    parser.add_argument(
+        '--data-root',
+        metavar='DIR',
+        help='folder of the data set, for the training, validation and test sets '
+        'alike (short for --cfg-options *_dataloader.dataset.data_root=DIR)',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override settings of the config; lists as key="[a,b]" or key=a,b, '
+        'nested ones as key="[(a,b),(c,d)]", without white space',
+    )
+    parser.add_argument(
+        '--no-pin-memory',
+        action='store_true',
+        help='do not pin the memory of the data loaders',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher (see dist_train.sh and slurm_train.sh)',
+    )
+    # Old versions of torch.distributed.launch pass it on.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read a config and apply --data-root, --cfg-options and --work-dir.
+
+    The work dir is the one of the command line, else the config's, else
+    ``./work_dirs/<name of the config>``.
+    """
+    if not osp.isfile(args.config):
+        fail(f'the config {args.config!r} does not exist.')
+    try:
+        cfg = Config.fromfile(args.config)
+    except ImportError as error:
+        fail(
+            f'the config {args.config!r} imports a module that cannot be imported '
+            f'({error.__cause__ or error}); install it in this environment.'
+        )
+    except (OSError, SyntaxError, ValueError) as error:
+        fail(f'the config {args.config!r} cannot be read: {error}')
+
+    if args.data_root is not None:
+        set_data_root(cfg, args.data_root)
+    if args.cfg_options is not None:
+        try:
+            cfg.merge_from_dict(args.cfg_options)
+        except (KeyError, TypeError) as error:
+            fail(f'--cfg-options does not fit {args.config!r}: {error}')
+
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        name = osp.splitext(osp.basename(args.config))[0]
+        cfg.work_dir = osp.join('./work_dirs', name)
+    return cfg
+
+
+def iter_datasets(cfg: Config, fields: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    """Yield (field, config) of each data set, those inside wrappers included."""
+
+    def descend(dataset):
+        if 'dataset' in dataset:
+            yield from descend(dataset['dataset'])
+        elif 'datasets' in dataset:
+            for part in dataset['datasets']:
+                yield from descend(part)
+        else:
+            yield dataset
+
+    for field in fields:
+        loader = cfg.get(field)
+        if loader is not None and 'dataset' in loader:
+            for dataset in descend(loader['dataset']):
+                yield field, dataset
+
+
+def set_data_root(cfg: Config, data_root: str) -> None:
+    """Point the training, validation and test sets to one folder."""
+    fields = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    datasets = [dataset for _, dataset in iter_datasets(cfg, fields)]
+    roots = {osp.normpath(d['data_root']) for d in datasets if d.get('data_root')}
+    if len(roots) > 1:
+        fail(
+            f'--data-root {data_root!r} is ambiguous: the config has several data '
+            f'roots ({", ".join(sorted(roots))}); override each with --cfg-options.'
+        )
+    for dataset in datasets:
+        dataset['data_root'] = data_root
+
+
+def check_data_roots(cfg: Config, fields: Sequence[str]) -> None:
+    """Refuse data roots that do not exist, before any work is done.
+
+    Remote folders, and data sets that download themselves, are left alone.
+    """
+    for field, dataset in iter_datasets(cfg, fields):
+        root = dataset.get('data_root')
+        if not root or is_remote(root) or osp.isdir(root):
+            continue
+        cls = dataset['type']
+        cls = DATASETS.get(cls) if isinstance(cls, str) else cls
+        if cls is not None and 'download' in inspect.signature(cls).parameters:
+            continue
+        fail(
+            f'{field}.dataset.data_root is {root!r}, which is not a folder; give the '
+            'folder of the data set with --data-root, or link it to that place.'
+        )
+
+
+def build_loops(runner: Runner, stages: Sequence[str]) -> None:
+    """Build the loops of some stages, and refuse data sets that cannot be read.
+
+    The runner builds them itself when it gets there, with a traceback where a
+    folder is missing, and for the validation set after a while only.
+    """
+    for stage in stages:
+        try:
+            getattr(runner, f'{stage}_loop')
+        except (AssertionError, OSError, RuntimeError) as error:
+            fail(f'the data set of {stage}_dataloader cannot be read: {error}')
+
+
+def set_dataloader_defaults(
+    cfg: Config,
+    fields: Sequence[str],
+    no_pin_memory: bool = False,
+    no_persistent_workers: bool = False,
+) -> None:
+    """Complete the data loaders as the toolboxes' own tools do."""
+    for field in fields:
+        loader = cfg.get(field)
+        if loader is None:
+            continue
+        loader.setdefault('pin_memory', has_accelerator())
+        loader.setdefault('persistent_workers', True)
+        if no_pin_memory:
+            loader['pin_memory'] = False
+        # PyTorch refuses persistent workers where there are no workers.
+        if no_persistent_workers or not loader.get('num_workers'):
+            loader['persistent_workers'] = False
+        # mmseg's images differ in size and are not stacked here.
+        if cfg.get('default_scope') == 'mmpretrain':
+            loader.setdefault('collate_fn', ConfigDict(type='default_collate'))
+
+
+def set_launcher(cfg: Config, args: argparse.Namespace) -> None:
+    """Store the launcher, and make it work on machines without an accelerator.
+
+    mmengine's launchers select a CUDA device and hand it to the distributed
+    wrapper, both of which fail on a CPU. There the process group is opened here,
+    with the gloo backend.
+    """
+    cfg.launcher = args.launcher
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.launcher == 'none':
+        return
+    if args.launcher == 'pytorch':
+        missing = [name for name in TORCHRUN_VARIABLES if name not in os.environ]
+        if missing:
+            fail(
+                f'--launcher pytorch needs the environment of torchrun '
+                f'({", ".join(missing)} not set); start it with tools/dist_train.sh '
+                'or tools/dist_test.sh.'
+            )
+    if has_accelerator():
+        return
+    if args.launcher != 'pytorch':
+        fail(
+            f'--launcher {args.launcher} needs an accelerator on every machine; on '
+            'CPUs use --launcher pytorch (tools/dist_train.sh, tools/dist_test.sh).'
+        )
+    cfg.setdefault('env_cfg', ConfigDict())
+    cfg.env_cfg.setdefault('dist_cfg', ConfigDict())
+    cfg.env_cfg.dist_cfg.backend = 'gloo'
+    cfg.setdefault(
+        'model_wrapper_cfg',
+        ConfigDict(
+            type='MMDistributedDataParallel',
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        ),
+    )
+    cfg.model_wrapper_cfg.setdefault('device_ids', None)
+    torch.distributed.init_process_group('gloo')
+    print_log(
+        'No accelerator was found: the processes run on the CPU and talk over gloo.',
+        logger='current',
+    )
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner that the config asks for."""
+    return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+
+
+def check_checkpoint_path(path: str) -> None:
+    """Refuse a checkpoint that does not exist; remote ones are left alone."""
+    if not is_remote(path) and not osp.isfile(path):
+        fail(f'the checkpoint {path!r} does not exist.')
+
+
+def check_checkpoint_fits(runner: Runner, path: str) -> None:
+    """Refuse a checkpoint that does not hold the whole model.
+
+    mmengine only logs what is missing or does not fit, and would go on with random
+    weights.
+    """
+    model = runner.model
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    try:
+        check_state_dict(model, state_dict_of(read_checkpoint(path)), '')
+    except (OSError, RuntimeError, ValueError) as error:
+        fail(f'the checkpoint {path!r} cannot be used with this config: {error}')
