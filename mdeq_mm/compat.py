@@ -25,7 +25,8 @@ REQUIRED = ('torch', 'mmengine', 'mmcv')
 
 MINIMUM_PYTHON = (3, 11)
 MINIMUM = {
-    'torch': (2, 4),
+    # Gradient edges as outputs, and the list of types that checkpoints may hold.
+    'torch': (2, 6),
     'mmengine': (0, 10),
     'mmcv': (2, 0),
     'mmpretrain': (1, 0),
@@ -115,7 +116,7 @@ def import_error(name):
 
 
 def _release(text):
-    """The numbers of a version: 2.4.0a0+git1 counts as 2.4.0, as in containers."""
+    """The numbers of a version: 2.6.0a0+git1 counts as 2.6.0, as in containers."""
     # The sets bring packaging. A bare interpreter does not, and ends before this.
     from packaging.version import InvalidVersion, Version
 

@@ -48,7 +48,7 @@ def without(versions, *names):
         # Modules on PYTHONPATH, which no metadata describes.
         ({}, ()),
         # Builds from source and of vendors carry versions such as these.
-        (ONEDL | {'torch': '2.4.0a0+07cecf4', 'torchvision': '0.19.0a0'}, ()),
+        (ONEDL | {'torch': '2.6.0a0+07cecf4', 'torchvision': '0.21.0a0'}, ()),
         (ONEDL | {'torch': 'unknown'}, ()),
         (ORIGINAL | {'mmpretrain': '1.0.0rc8'}, ()),
     ],
@@ -76,7 +76,7 @@ def test_fit_environments_pass(versions, absent):
         (ONEDL, ('mmengine',), ['onedl-mmengine 0.10.12 is recorded',
                                 '--force-reinstall --no-deps onedl-mmengine==0.10.12']),
         # Too old.
-        (ONEDL | {'torch': '2.3.1'}, (), ['torch 2.3.1', "'torch>=2.4'"]),
+        (ONEDL | {'torch': '2.5.1'}, (), ['torch 2.5.1', "'torch>=2.6'"]),
         (ORIGINAL | {'mmengine': '0.9.1'}, (), ['mmengine 0.9.1', "'mmengine>=0.10'"]),
         (ORIGINAL | {'mmcv': '1.7.2'}, (), ['mmcv 1.7.2', "'mmcv>=2.0'"]),
         (without(ORIGINAL, 'mmcv') | {'mmcv-full': '1.7.2'}, (),

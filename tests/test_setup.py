@@ -88,14 +88,14 @@ class TestRequirements:
         assert files == {*PINNED, 'runtime'}
 
     def test_plugin_requires_nothing_that_a_set_provides(self, repo_root):
-        assert requirements(repo_root, 'runtime') == ['torch>=2.4']
+        assert requirements(repo_root, 'runtime') == ['torch>=2.6']
 
 
 class TestPackage:
     def test_installed_metadata(self):
         assert version('mdeq_mm') == mdeq_mm.__version__ == '0.1.0'
         plain = [line for line in requires('mdeq_mm') if 'extra ==' not in line]
-        assert plain == ['torch>=2.4']
+        assert plain == ['torch>=2.6']
         extra = [line for line in requires('mdeq_mm') if SET.match(line)]
         assert len(extra) == 4
         assert all('onedl' in line.split(';')[1] for line in extra)
