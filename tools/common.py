@@ -6,6 +6,7 @@ import os
 import os.path as osp
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
@@ -22,6 +23,10 @@ from mdeq_mm.utils.checkpoint import (
     read_checkpoint,
     state_dict_of,
 )
+
+# OneDL's mmcv comes without compiled operators and says so at every start; no
+# model here uses them.
+warnings.filterwarnings('ignore', 'Fail to import ``MultiScaleDeformableAttention``')
 
 # What torchrun sets for each of its processes.
 TORCHRUN_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')

@@ -70,7 +70,12 @@ class Equation:
         new.tensors = tuple(tensors)
         return new
 
-    def _change(self, change):
+    def map_samples(self, change):
+        """The same equation with ``change`` applied to each per-sample tensor.
+
+        Args:
+            change (Callable): From a tensor (N, ...) to the one in its place.
+        """
         pairs = zip(self.tensors, self.per_sample, strict=True)
         return self.bind([change(t) if mine else t for t, mine in pairs])
 
@@ -80,7 +85,7 @@ class Equation:
         Args:
             index (Tensor): Indices of the samples, or a mask over them.
         """
-        return self._change(lambda t: t[index])
+        return self.map_samples(lambda t: t[index])
 
     def finite(self):
         """Which samples have finite inputs.
@@ -109,4 +114,4 @@ class Equation:
             mask = healthy.view(-1, *[1] * (t.dim() - 1))
             return torch.where(mask, t, torch.zeros_like(t))
 
-        return self._change(blank)
+        return self.map_samples(blank)

@@ -83,7 +83,7 @@ class Solution:
         shares = ', '.join(f'{v:.0%} {k}' for k, v in self.shares().items() if v)
         worst = Status(int(self.status.max()))
         return (
-            f'{len(self.status)} samples: {shares}; '
+            f'{len(self.status)} sample(s): {shares}; '
             f'{self.steps.float().mean():.1f} evaluations on average; '
             f'median residual {self.residual.median():.1e}. {worst.advice}'
         )

@@ -57,18 +57,25 @@ def allow_runner_checkpoints():
 
 @contextmanager
 def _weights_only():
-    """Allow what Runner checkpoints hold, and nothing beyond it."""
+    """Allow what Runner checkpoints hold, and nothing beyond it.
+
+    ``torch.serialization.safe_globals`` would take back, on leaving, what was
+    allowed before.
+    """
     name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
-    before = os.environ.get(name)
+    variable = os.environ.get(name)
+    allowed = torch.serialization.get_safe_globals()
     os.environ[name] = '1'
     try:
-        with torch.serialization.safe_globals(allowed_types()):
-            yield
+        torch.serialization.add_safe_globals(allowed_types())
+        yield
     finally:
-        if before is None:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
+        if variable is None:
             del os.environ[name]
         else:
-            os.environ[name] = before
+            os.environ[name] = variable
 
 
 def read_checkpoint(path):
@@ -115,11 +122,20 @@ def state_dict_of(checkpoint):
     Returns:
         dict[str, Tensor]: Without the ``module.`` that parallel wrappers put in
         front of all names.
+
+    Raises:
+        ValueError: If its keys are no names.
     """
     for key in ('state_dict', 'model'):
         if isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
             break
+    for key in checkpoint:
+        if not isinstance(key, str):
+            raise ValueError(
+                f'the checkpoint has an entry {key!r}, which is no name of a weight: '
+                "save the model's state_dict()"
+            )
     if checkpoint and all(k.startswith('module.') for k in checkpoint):
         return {k.removeprefix('module.'): v for k, v in checkpoint.items()}
     return dict(checkpoint)
@@ -168,6 +184,36 @@ def check_state_dict(module, state_dict, prefix, *args):
             )
 
 
+def check_no_more(module, state_dict, prefix, *args):
+    """Pre-hook for ``load_state_dict``: refuses weights of a larger architecture.
+
+    All that a module has may be there and fit, and yet be part of a model with
+    more branches or blocks, whose weights mean something else without the rest.
+
+    Args:
+        module (nn.Module): The module that loads.
+        state_dict (dict): What it loads from.
+        prefix (str): Of the module's names in ``state_dict``.
+        *args: What else PyTorch hands to such a hook.
+
+    Raises:
+        RuntimeError: If the children of the module have no place for an entry.
+    """
+    own = module.state_dict()
+    children = tuple(f'{prefix}{name}.' for name, _ in module.named_children())
+    more = [
+        key
+        for key in state_dict
+        if key.startswith(children) and key[len(prefix) :] not in own
+    ]
+    if more:
+        raise RuntimeError(
+            f'the checkpoint has {len(more)} entries that {type(module).__name__} '
+            f'lacks, the first being {more[0]!r}: it is of another architecture; set '
+            'arch to that of the checkpoint'
+        )
+
+
 def load_pretrained(module, path, prefix=None):
     """Load a module from a checkpoint, all of it, and report what was left.
 
@@ -181,7 +227,11 @@ def load_pretrained(module, path, prefix=None):
         RuntimeError: If the module's entries are not all there, or do not fit.
         ValueError: If the file is no checkpoint, or holds non-finite numbers.
     """
-    state = state_dict_of(read_checkpoint(path))
+    checkpoint = read_checkpoint(path)
+    try:
+        state = state_dict_of(checkpoint)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
     prefix = f'{prefix.rstrip(".")}.' if prefix else ''
     used = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     left = [k for k in state if not k.startswith(prefix)]

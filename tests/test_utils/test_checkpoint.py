@@ -17,6 +17,7 @@ from mdeq_mm.utils.checkpoint import (
     read_checkpoint,
     state_dict_of,
 )
+from tests.helpers import ROOT
 
 
 def runner_checkpoint():
@@ -130,6 +131,7 @@ def in_a_process(code, *arguments):
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=ROOT,
     )
 
 

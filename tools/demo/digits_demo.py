@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +24,8 @@ TRAIN_LINE = re.compile(r'Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*loss: ')
 TEST_LINE = re.compile(r'Epoch\(val\) \[(\d+)\].*accuracy/top1: ([\d.]+)')
 
 sys.path.insert(0, str(REPO / 'tools' / 'dataset_converters'))
+# OneDL's mmcv comes without compiled operators and says so; no model uses them.
+warnings.filterwarnings('ignore', 'Fail to import ``MultiScaleDeformableAttention``')
 
 
 def config_of(name):
@@ -140,7 +143,7 @@ def main(argv=None):
         help='passed on to tools/train.py, for shorter trainings',
     )
     args = parser.parse_args(argv)
-    console = Console()
+    console = Console(soft_wrap=True)
     begin = time.monotonic()
 
     from digits import write_digits

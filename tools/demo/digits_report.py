@@ -77,6 +77,7 @@ def evaluate(config, work_dir, data_root):
     with contextlib.redirect_stdout(io.StringIO()):
         runner = Runner.from_cfg(cfg)
         runner.load_or_resume()
+        loader = runner.test_dataloader
     model = runner.model
     device = next(model.parameters()).device
 
@@ -85,9 +86,10 @@ def evaluate(config, work_dir, data_root):
     if layer is not None:
         layer.trace = True
     steps, traces, samples = [], [], []
-    for batch in runner.test_dataloader:
+    for batch in loader:
         images = batch['inputs']
-        predictions = model.test_step(batch)
+        with torch.no_grad():
+            predictions = model.test_step(batch)
         for image, p in zip(images, predictions, strict=True):
             score, label = p.pred_score.max(0)
             samples.append((image[0], int(p.gt_label), int(label), float(score)))

@@ -133,6 +133,11 @@ def convert(official, task):
     bias = official.get('last_layer.0.bias')
     if task == 'seg' and bias is not None:
         mean = 'decode_head.convs.0.bn.running_mean'
+        if mean not in state:
+            raise ValueError(
+                'the checkpoint has last_layer.0.bias, but lacks '
+                'last_layer.1.running_mean, which it belongs to: take all of it'
+            )
         state[mean] = state[mean] - bias
         names['last_layer.0.bias'] = mean
         left.remove('last_layer.0.bias')
@@ -171,6 +176,8 @@ def main(argv=None):
     args = parse_args(argv)
     console = Console(soft_wrap=True)
     dst = Path(args.dst)
+    if dst.exists() and Path(args.src).exists() and dst.samefile(args.src):
+        sys.exit(f'{dst} is the source, which is kept: choose another name')
     if dst.exists() and not args.force:
         sys.exit(f'{dst} exists: choose another name, or overwrite it with --force')
     try:
@@ -183,8 +190,11 @@ def main(argv=None):
     for name in left:
         console.print(f'[yellow]left[/]  {name}', highlight=False)
     dst.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside and moved, so that an interruption spares what is there.
+    part = dst.with_name(f'{dst.name}.part')
     meta = dict(source='official MDEQ', task=args.task)
-    torch.save(dict(meta=meta, state_dict=state), dst)
+    torch.save(dict(meta=meta, state_dict=state), part)
+    part.replace(dst)
     console.print(
         f'{len(names)} entries used, {len(left)} left; written to {dst}',
         highlight=False,

@@ -4,6 +4,7 @@ import numbers
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.runner import IterBasedTrainLoop
 
 from ...implicit import EquilibriumLayer
 from ...registry import HOOKS
@@ -39,8 +40,8 @@ class UnrollWarmupHook(Hook):
 
     Raises:
         TypeError: If a number is no integer.
-        ValueError: If a number is out of range, or the model has no equilibrium
-            layer.
+        ValueError: If a number is out of range, the model has no equilibrium
+            layer, or epochs are counted that the training loop does not have.
     """
 
     priority = 'VERY_HIGH'
@@ -66,12 +67,19 @@ class UnrollWarmupHook(Hook):
                 'UnrollWarmupHook is set, but the model has no equilibrium layer: '
                 "remove the hook, or use a backbone of type='MDEQ'"
             )
+        if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
+            raise ValueError(
+                f'UnrollWarmupHook.by_epoch=True with end={self.end} has no meaning '
+                'under train_cfg.by_epoch=False, which counts no epochs: give the '
+                'iteration, with by_epoch=False'
+            )
         self._apply(runner)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         self._apply(runner)
 
     def after_train(self, runner):
+        self._unrolled = None
         self._set(runner, False)
 
     def _apply(self, runner):

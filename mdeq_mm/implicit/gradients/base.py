@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from ...registry import GRADIENTS, build_from
@@ -62,19 +63,17 @@ class Linearisation:
         equation (Equation): f.
         z (Tensor): (N, D), the point.
         tensors (Sequence[Tensor]): The equation's tensors.
-        healthy (Tensor): (N,) bool; other samples are evaluated at zero, with
-            inputs of zero.
+        healthy (Tensor): (N,) bool; other samples are replaced.
     """
 
     def __init__(self, equation, z, tensors, healthy):
-        equation = equation.bind(tensors)
-        if not healthy.all():
-            z = torch.where(healthy[:, None], z, torch.zeros_like(z))
-            equation = equation.contained(healthy)
+        wanted = [t.requires_grad for t in tensors]
+        equation, z = replace_failed(equation.bind(tensors), z, healthy)
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             leaves = [
-                t.detach().requires_grad_(t.requires_grad) for t in equation.tensors
+                t.detach().requires_grad_(want)
+                for t, want in zip(equation.tensors, wanted, strict=True)
             ]
             out = equation(z, leaves)
         self.value = out.detach()
@@ -83,6 +82,7 @@ class Linearisation:
         self._leaves = [
             get_gradient_edge(t) if t.requires_grad else None for t in leaves
         ]
+        self._per_sample = equation.per_sample
 
     def product(self, y):
         """J' y, the product with the transposed Jacobian in z, (N, D)."""
@@ -104,7 +104,43 @@ class Linearisation:
             return [None] * len(self._leaves)
         found = iter(torch.autograd.grad(self._out, wanted, y, allow_unused=True))
         self._out = None
-        return [None if edge is None else next(found) for edge in self._leaves]
+        grads = [None if edge is None else next(found) for edge in self._leaves]
+        return [
+            finite_samples(grad) if mine and grad is not None else grad
+            for grad, mine in zip(grads, self._per_sample, strict=True)
+        ]
+
+
+def finite_samples(grad: Tensor):
+    """Set samples that are not finite to zero, (N, ...)."""
+    finite = grad.isfinite()[:, None].flatten(1).all(1)
+    finite = finite.view(-1, *[1] * (grad.dim() - 1))
+    return torch.where(finite, grad, torch.zeros_like(grad))
+
+
+def replace_failed(equation, z, healthy):
+    """Put a healthy sample in the place of each failed one.
+
+    A failed sample's adjoint is zero, but 0 * NaN would poison the gradients of
+    the shared weights. No constant is safe in its place, since f may have an
+    infinite derivative there; a point where f is known to be finite is.
+
+    Args:
+        equation (Equation): f.
+        z (Tensor): (N, D).
+        healthy (Tensor): (N,) bool.
+
+    Returns:
+        tuple[Equation, Tensor]: The same where all are healthy; of zeros where
+        none is.
+    """
+    if healthy.all():
+        return equation, z
+    if not healthy.any():
+        return equation.contained(healthy), torch.zeros_like(z)
+    rows = torch.arange(len(healthy), device=healthy.device)
+    index = torch.where(healthy, rows, healthy.int().argmax())
+    return equation.take(index), z[index]
 
 
 class _Equilibrium(torch.autograd.Function):
@@ -129,10 +165,7 @@ class _Equilibrium(torch.autograd.Function):
         ctx.save_for_backward(z, healthy, *tensors)
         ctx.linear = None
         if equation.recompute or not any(ctx.needs_input_grad):
-            inside = z
-            if not healthy.all():
-                inside = torch.where(healthy[:, None], z, torch.zeros_like(z))
-                equation = equation.contained(healthy)
+            equation, inside = replace_failed(equation, z, healthy)
             out = equation(inside)
         else:
             ctx.linear = Linearisation(equation, z, tensors, healthy)
@@ -143,14 +176,14 @@ class _Equilibrium(torch.autograd.Function):
         return torch.where(usable[:, None], out, z)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         z, healthy, *tensors = ctx.saved_tensors
         linear, ctx.linear = ctx.linear, None
         if linear is None:
             linear = Linearisation(ctx.equation, z, tensors, healthy)
-        grad = grad.to(z.dtype)
         usable = healthy & grad.isfinite().all(1)
-        grad = torch.where(usable[:, None], grad, torch.zeros_like(grad))
+        grad = torch.where(usable[:, None], grad, torch.zeros_like(grad)).to(z.dtype)
         y, solution = ctx.adjoint(linear.product, grad)
         ctx.solution.adjoint = solution
         failed = ~(solution.residual.isfinite() & y.isfinite().all(1))
@@ -159,6 +192,8 @@ class _Equilibrium(torch.autograd.Function):
             # shared weights, so f is recorded again without these samples.
             usable &= ~failed
             y = torch.where(usable[:, None], y, torch.zeros_like(y))
+            if not usable.any():
+                return None, None, None, *map(torch.zeros_like, tensors)
             linear = Linearisation(ctx.equation, z, tensors, usable)
         return None, None, None, *linear.full_product(y)
 
@@ -197,16 +232,16 @@ def iterate(equation, z: Tensor, steps, damping=1.0):
     inputs_finite = equation.finite()
     if inputs_finite is not None:
         healthy &= inputs_finite
-    while True:
-        inside, start = equation, z
-        if not healthy.all():
-            inside = equation.contained(healthy)
-            start = torch.where(healthy[:, None], z, torch.zeros_like(z))
-        last, new = start, start
+    z = torch.where(z.isfinite().all(1, keepdim=True), z, torch.zeros_like(z))
+    while healthy.any():
+        inside, last = replace_failed(_guarded(equation), z, healthy)
+        new = last
         for _ in range(steps):
             last, new = new, _apply(inside, new)
             if damping != 1:
                 new = last.lerp(new, damping)
+            if new.requires_grad:
+                new.register_hook(finite_samples)
         finite = new.detach().isfinite().all(1)
         if (finite | ~healthy).all():
             out = torch.where(healthy[:, None], new, z)
@@ -214,6 +249,23 @@ def iterate(equation, z: Tensor, steps, damping=1.0):
         # Once more without the samples that failed on the way, since they would
         # poison the gradients of the shared weights.
         healthy = healthy & finite
+    # Nothing is left: the start, with gradients of zero.
+    link = sum(t.sum() for t in equation.tensors if t.requires_grad)
+    return torch.where(healthy[:, None], link, z), z, healthy
+
+
+def _guarded(equation):
+    """The same equation; its inputs get gradients without non-finite samples."""
+    if not torch.is_grad_enabled():
+        return equation
+
+    def guard(tensor):
+        if tensor.requires_grad:
+            tensor = tensor.view_as(tensor)
+            tensor.register_hook(finite_samples)
+        return tensor
+
+    return equation.map_samples(guard)
 
 
 def _apply(equation, z):

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...implicit import EquilibriumLayer
 from ...registry import MODELS
-from ...utils.checkpoint import check_state_dict, load_pretrained
+from ...utils.checkpoint import check_no_more, check_state_dict, load_pretrained
 from ..layers import MultiscaleFunction, channel_mask
 from .arch import build_arch
 
@@ -84,6 +84,10 @@ class MDEQ(BaseModule):
     ):
         super().__init__(_init_cfg(pretrained, init_cfg))
         if drop_rate is not None:
+            if not isinstance(drop_rate, numbers.Real) or not 0 <= drop_rate < 1:
+                raise ValueError(
+                    f'drop_rate={drop_rate!r} is out of range: use 0 <= drop_rate < 1'
+                )
             arch = vars(build_arch(arch)) | dict(dropout=drop_rate)
         self.arch = build_arch(arch)
         self.out_indices = _out_indices(out_indices, len(self.arch.channels))
@@ -126,6 +130,7 @@ class MDEQ(BaseModule):
             f, solver, gradient, eval_solver, recompute=with_cp
         )
         self.register_load_state_dict_pre_hook(check_state_dict)
+        self.register_load_state_dict_pre_hook(check_no_more)
         self._freeze()
 
     @property
@@ -175,7 +180,8 @@ class MDEQ(BaseModule):
                 for _ in range(blocks)
             ]
         maps = self.equilibrium(start, injection, *masks)
-        return tuple(maps[i] for i in self.out_indices)
+        # The state is float32 or wider; what follows is as wide as the images.
+        return tuple(maps[i].to(x.dtype) for i in self.out_indices)
 
     def _start(self, injection):
         """States of zeros for an injection."""

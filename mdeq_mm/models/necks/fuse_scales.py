@@ -108,13 +108,15 @@ class MDEQFuseScales(BaseModule):
                 f'{list(head_channels)} are of unequal length: give one of each for '
                 'every branch'
             )
-        numbers_ = [*in_channels, *head_channels, out_channels, expansion]
-        for value in numbers_:
-            if not isinstance(value, numbers.Integral) or value < 1:
-                raise ValueError(
-                    f'MDEQFuseScales got {value!r} among its channels: use integers '
-                    'of 1 or more'
-                )
+        if not in_channels:
+            raise ValueError('in_channels=[] is empty: give one integer a branch')
+        fields |= dict(out_channels=[out_channels], expansion=[expansion])
+        for name, values in fields.items():
+            for value in values:
+                if not isinstance(value, numbers.Integral) or value < 1:
+                    raise ValueError(
+                        f'{name} holds {value!r}: use integers of 1 or more'
+                    )
         widths = [h * expansion for h in head_channels]
         self.bottlenecks = nn.ModuleList(
             _Bottleneck(c, h, expansion, norm_cfg)

@@ -1,0 +1,198 @@
+import pytest
+import torch
+from mmengine.model import BaseModel
+from torch import nn
+
+from mdeq_mm.engine import UnrollWarmupHook
+from mdeq_mm.engine.hooks.unroll_warmup_hook import equilibrium_layers
+from mdeq_mm.registry import HOOKS
+from tests.helpers import logged
+
+from .conftest import Classifier, watched
+
+BY_ITER = dict(by_epoch=False, max_iters=6, val_interval=2)
+
+
+def hook(**options):
+    return dict(type='UnrollWarmupHook', unroll_steps=2, **options)
+
+
+def unrolled(found):
+    """Which entries were unrolled, checked by the evaluations they took."""
+    result = {}
+    for when, (steps, evaluations) in found:
+        assert steps in (2, None)
+        assert (evaluations == 2) == (steps == 2)
+        result[when] = steps == 2
+    return result
+
+
+def test_by_iteration(make_runner):
+    runner = make_runner([hook(end=4)], BY_ITER)
+    with logged() as texts:
+        runner.train()
+    watch = watched(runner)
+    assert unrolled(watch.train) == {0: 1, 1: 1, 2: 1, 3: 1, 4: 0, 5: 0}
+    # Validation shows what was trained.
+    assert unrolled(watch.val) == {2: True, 4: True, 6: False}
+    told = [t for t in texts if 'unrolled' in t or 'equilibrium' in t]
+    assert told == [
+        'Training unrolled, 2 evaluations of f, until iteration 4.',
+        'Training at the equilibrium from iteration 4 on.',
+    ]
+
+
+def test_by_iteration_in_a_loop_over_epochs(make_runner):
+    runner = make_runner([hook(end=3)])
+    runner.train()
+    watch = watched(runner)
+    assert unrolled(watch.train) == {0: 1, 1: 1, 2: 1, 3: 0, 4: 0, 5: 0}
+    assert unrolled(watch.val) == {2: True, 4: False, 6: False}
+
+
+def test_by_epoch(make_runner):
+    runner = make_runner([hook(end=2, by_epoch=True)])
+    with logged() as texts:
+        runner.train()
+    watch = watched(runner)
+    assert unrolled(watch.train) == {0: 1, 1: 1, 2: 1, 3: 1, 4: 0, 5: 0}
+    assert unrolled(watch.val) == {2: True, 4: True, 6: False}
+    assert any('until epoch 2.' in text for text in texts)
+
+
+def test_never(make_runner):
+    runner = make_runner([hook(end=0)])
+    with logged() as texts:
+        runner.train()
+    assert not any(unrolled(watched(runner).train).values())
+    assert not any('equilibrium from' in text for text in texts)
+
+
+def test_longer_than_the_training(make_runner):
+    runner = make_runner([hook(end=100)])
+    with logged() as texts:
+        runner.train()
+    assert all(unrolled(watched(runner).train).values())
+    # A training that is over is not said to go on.
+    assert not any('equilibrium from' in text for text in texts)
+    assert runner.model.backbone.equilibrium.unroll_steps is None
+
+
+def test_testing_always_solves(make_runner):
+    runner = make_runner([hook(end=100)])
+    runner.test()
+    runner.train()
+    runner.test()
+    for steps, evaluations in watched(runner).test:
+        assert steps is None
+        assert evaluations > 2
+
+
+@pytest.mark.usefixtures('resumable')
+@pytest.mark.parametrize(('end', 'expected'), [(3, {4: 0, 5: 0}), (5, {4: 1, 5: 0})])
+def test_after_a_resume(make_runner, end, expected):
+    first = make_runner([hook(end=end)], dict(by_epoch=True, max_epochs=2))
+    first.train()
+    again = make_runner([hook(end=end)], resume=True)
+    again.train()
+    assert unrolled(watched(again).train) == expected
+
+
+@pytest.mark.usefixtures('resumable')
+def test_after_a_resume_by_epoch(make_runner):
+    make_runner([hook(end=2, by_epoch=True)], dict(by_epoch=True, max_epochs=1)).train()
+    again = make_runner([hook(end=2, by_epoch=True)], resume=True)
+    again.train()
+    assert unrolled(watched(again).train) == {2: 1, 3: 1, 4: 0, 5: 0}
+
+
+@pytest.mark.usefixtures('resumable')
+def test_after_a_resume_by_iteration(make_runner):
+    first = make_runner(
+        [hook(end=3)],
+        dict(by_epoch=False, max_iters=2, val_interval=2),
+        default_hooks=dict(
+            checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2)
+        ),
+    )
+    first.train()
+    again = make_runner([hook(end=3)], BY_ITER, resume=True)
+    again.train()
+    assert unrolled(watched(again).train) == {2: 1, 3: 0, 4: 0, 5: 0}
+
+
+def test_twice_with_one_runner(make_runner):
+    """A hook that trained once starts anew."""
+    runner = make_runner(
+        [hook(end=4)], dict(by_epoch=False, max_iters=3, val_interval=9)
+    )
+    runner.train()
+    assert all(unrolled(watched(runner).train).values())
+    warmup = next(h for h in runner.hooks if isinstance(h, UnrollWarmupHook))
+    warmup.before_train(runner)
+    assert runner.model.backbone.equilibrium.unroll_steps == 2
+
+
+def test_gradients_of_the_first_phase_are_those_of_unrolling(make_runner):
+    runner = make_runner([hook(end=100)])
+    runner.model.init_weights()
+    seen = []
+    model = runner.model
+    forward = model.backbone.equilibrium.forward
+
+    def watch(*inputs):
+        seen.append(model.backbone.equilibrium.unroll_steps)
+        return forward(*inputs)
+
+    model.backbone.equilibrium.forward = watch
+    runner.train()
+    assert set(seen) == {2}
+
+
+def test_a_model_without_an_equilibrium_is_refused(make_runner):
+    class Plain(BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, inputs, target, mode='tensor'):
+            raise AssertionError('trained')
+
+    runner = make_runner([hook(end=3)], model=Plain())
+    with pytest.raises(ValueError, match=r"no equilibrium layer: .*type='MDEQ'"):
+        runner.train()
+
+
+def test_epochs_under_a_loop_over_iterations_are_refused(make_runner):
+    """Such a loop stays in its first epoch, so that the phase would not end."""
+    runner = make_runner([hook(end=2, by_epoch=True)], BY_ITER)
+    with pytest.raises(ValueError, match=r'by_epoch=True .*by_epoch=False'):
+        runner.train()
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'words'),
+    [
+        (dict(unroll_steps=0), ValueError, r'UnrollWarmupHook.unroll_steps=0 .*1 or'),
+        (dict(unroll_steps=2.0), TypeError, r'unroll_steps must be an integer, got 2'),
+        (dict(end=-1), ValueError, r'UnrollWarmupHook.end=-1 .*0 or more'),
+        (dict(end=None), TypeError, r'end must be an integer, got None'),
+        (dict(end=True), TypeError, r'end must be an integer, got True'),
+        (dict(stop=3), TypeError, r'stop'),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused(options, error, words):
+    with pytest.raises(error, match=words):
+        HOOKS.build(dict(type='UnrollWarmupHook', **options))
+
+
+def test_layers_are_found_in_wrapped_models():
+    model = Classifier()
+    layer = model.backbone.equilibrium
+    assert equilibrium_layers(model) == [layer]
+    assert equilibrium_layers(nn.DataParallel(model)) == [layer]
+    assert equilibrium_layers(nn.Linear(2, 2)) == []
+    both = nn.ModuleList([model, Classifier()])
+    assert len(equilibrium_layers(both)) == 2
+    assert torch.equal(both[0].head.weight, model.head.weight)

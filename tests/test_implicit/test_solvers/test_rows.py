@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from mdeq_mm.implicit.solvers.rows import combine, project
+
+DEVICES = [
+    'cpu',
+    pytest.param(
+        'cuda',
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available(), reason='there is no GPU'
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('shape', [(3, 4, 50), (1, 1, 7), (2, 5, 1)])
+def test_against_einsum(device, shape):
+    n, m, d = shape
+    # As solvers have it: the filled part of a larger buffer.
+    history = torch.randn(n, m + 3, d, device=device).double()[:, :m]
+    vector = torch.randn(n, d, device=device).double()
+    weights = torch.randn(n, m, device=device).double()
+    torch.testing.assert_close(
+        project(history, vector), torch.einsum('nmd,nd->nm', history, vector)
+    )
+    torch.testing.assert_close(
+        combine(history, weights), torch.einsum('nmd,nm->nd', history, weights)
+    )

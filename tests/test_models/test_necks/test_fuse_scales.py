@@ -1,0 +1,217 @@
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import batch_norm, conv2d
+
+from mdeq_mm.models import MDEQFuseScales
+from mdeq_mm.registry import MODELS
+from tests.helpers import (
+    build,
+    logits_of,
+    needs_shared,
+    official_classifier,
+    official_golden,
+    relative,
+)
+
+
+def maps_of(channels, size, n=2, dtype=torch.float64):
+    height, width = size
+    maps = []
+    for c in channels:
+        maps.append(torch.randn(n, c, height, width, dtype=dtype))
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return tuple(maps)
+
+
+def reference(state, maps, training):
+    """The official head's fusion as formulas over a state dict."""
+
+    def norm(x, name):
+        mean, var = state[name + '.running_mean'], state[name + '.running_var']
+        weight, bias = state.get(name + '.weight'), state.get(name + '.bias')
+        return batch_norm(x, mean.clone(), var.clone(), weight, bias, training)
+
+    def conv(x, name, **options):
+        weight = state[name + '.weight']
+        return conv2d(
+            x,
+            weight,
+            state.get(name + '.bias'),
+            padding=weight.shape[2] // 2,
+            **options,
+        )
+
+    def bottleneck(x, i):
+        name = f'bottlenecks.{i}.'
+        h = x
+        for k in range(3):
+            layer = f'{name}layers.{k}.'
+            h = norm(conv(h, layer + 'conv'), layer + 'bn')
+            h = h.relu() if k < 2 else h
+        if name + 'shortcut.conv.weight' in state:
+            x = norm(conv(x, name + 'shortcut.conv'), name + 'shortcut.bn')
+        return (h + x).relu()
+
+    y = bottleneck(maps[0], 0)
+    for i, x in enumerate(maps[1:]):
+        name = f'downsamples.{i}.'
+        down = norm(conv(y, name + 'conv', stride=2), name + 'bn').relu()
+        y = bottleneck(x, i + 1) + down
+    return norm(conv(y, 'final.conv'), 'final.bn').relu()
+
+
+@pytest.mark.parametrize(
+    ('inside', 'heads', 'size', 'expansion'),
+    [
+        ((8, 16, 32), (2, 4, 8), (8, 12), 4),
+        # The first and the last have as many channels as the bottleneck's output:
+        # their shortcut is the identity.
+        ((8, 16, 32), (2, 3, 8), (8, 8), 4),
+        ((4, 4), (3, 5), (7, 5), 2),
+        ((6,), (2,), (4, 4), 3),
+    ],
+)
+@pytest.mark.parametrize('training', [True, False])
+def test_against_formulas(inside, heads, size, expansion, training):
+    neck = MDEQFuseScales(inside, heads, 10, expansion).double().train(training)
+    with torch.no_grad():
+        for tensor in neck.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand_like(tensor))
+    state = {k: v.clone() for k, v in neck.state_dict().items()}
+    maps = maps_of(inside, size)
+    (found,) = neck(maps)
+    assert relative(found, reference(state, maps, training)) < 1e-12
+
+
+def test_shapes():
+    neck = MDEQFuseScales((8, 16, 32, 64), (4, 8, 16, 32), 100)
+    out = neck(maps_of((8, 16, 32, 64), (13, 8), dtype=torch.float32))
+    assert isinstance(out, tuple)
+    assert [tuple(m.shape) for m in out] == [(2, 100, 2, 1)]
+
+
+def test_count_of_parameters_by_hand():
+    neck = MDEQFuseScales((8, 16), (2, 3), 10)
+    # 1x1, 3x3, 1x1, and a shortcut with its norm where 8 = 4*2 does not hold.
+    first = 8 * 2 + 9 * 2 * 2 + 2 * 8
+    second = 16 * 3 + 9 * 3 * 3 + 3 * 12 + (16 * 12 + 2 * 12)
+    down = 9 * 8 * 12 + 12 + 2 * 12
+    final = 12 * 10 + 10 + 2 * 10
+    assert sum(p.numel() for p in neck.parameters()) == first + second + down + final
+
+
+def test_inner_norms_have_no_affine_parameters():
+    neck = MDEQFuseScales((8, 16), (2, 3), 10)
+    for bottleneck in neck.bottlenecks:
+        assert all(layer.bn.weight is None for layer in bottleneck.layers)
+    assert isinstance(neck.bottlenecks[0].shortcut, nn.Identity)
+    assert neck.bottlenecks[1].shortcut.bn.weight is not None
+
+
+def test_the_classification_head_ends_with_it():
+    model = build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(type='MDEQ', arch=dict(channels=(8, 8), downsample_times=0)),
+            neck=[
+                dict(
+                    type='MDEQFuseScales',
+                    in_channels=(8, 8),
+                    head_channels=(2, 2),
+                    out_channels=12,
+                ),
+                dict(type='GlobalAveragePooling'),
+            ],
+            head=dict(type='LinearClsHead', num_classes=5, in_channels=12),
+        )
+    )
+    assert logits_of(model, torch.randn(2, 3, 8, 8)).shape == (2, 5)
+
+
+@needs_shared('golden', 'golden_cls.pt')
+def test_golden_logits():
+    """From the official equilibrium to the official logits."""
+    golden = official_golden()['eval']
+    model, _ = official_classifier()
+    features = tuple(m.double() for m in golden['equilibrium'])
+    with torch.no_grad():
+        for neck in model.neck:
+            features = neck(features)
+        logits = model.head(features)
+    assert relative(logits, golden['logits']) < 1e-12
+
+
+@pytest.mark.parametrize(
+    'norm_cfg', [dict(type='SyncBN'), dict(type='BN', momentum=0.01, eps=1e-3)], ids=str
+)
+def test_norm_cfg(norm_cfg):
+    neck = MDEQFuseScales((8, 16), (2, 3), 10, norm_cfg=norm_cfg)
+    norms = [
+        m for m in neck.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
+    assert len(norms) == 3 + 4 + 1 + 1
+    if 'eps' in norm_cfg:
+        assert all((m.momentum, m.eps) == (0.01, 1e-3) for m in norms)
+    else:
+        assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    assert MODELS.get('MDEQFuseScales') is MDEQFuseScales
+
+
+def test_initialisation():
+    neck = MDEQFuseScales((32, 64), (24, 48), 512)
+    neck.init_weights()
+    for module in neck.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.std().item() == pytest.approx(0.01, rel=0.1)
+        elif isinstance(module, nn.BatchNorm2d) and module.affine:
+            assert module.weight.eq(1).all()
+            assert module.bias.eq(0).all()
+
+
+def test_no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        MDEQFuseScales((8, 16), (2, 3), 10)
+
+
+GOOD = dict(in_channels=(8, 16), head_channels=(2, 3), out_channels=10)
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'words'),
+    [
+        (
+            dict(head_channels=(2, 3, 4)),
+            ValueError,
+            ['[8, 16]', '[2, 3, 4]', 'unequal'],
+        ),
+        (dict(in_channels=(8,)), ValueError, ['in_channels=[8]', '[2, 3]']),
+        (dict(in_channels=8), TypeError, ['in_channels', '8', 'list']),
+        (dict(head_channels='23'), TypeError, ['head_channels', "'23'"]),
+        (dict(in_channels=(8, 0)), ValueError, ['in_channels', '0', '1 or more']),
+        (dict(head_channels=(2, -1)), ValueError, ['head_channels', '-1']),
+        (dict(head_channels=(2, 1.5)), ValueError, ['head_channels', '1.5']),
+        (dict(out_channels=0), ValueError, ['out_channels', '0', '1 or more']),
+        (dict(out_channels=None), ValueError, ['out_channels', 'None']),
+        (dict(expansion=0), ValueError, ['expansion', '0']),
+        (dict(in_channels=(), head_channels=()), ValueError, ['in_channels', 'one']),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused(options, error, words):
+    with pytest.raises(error) as found:
+        MDEQFuseScales(**(GOOD | options))
+    for word in words:
+        assert word in str(found.value), (word, str(found.value))
+
+
+@pytest.mark.parametrize('count', [1, 3])
+def test_a_wrong_number_of_maps_is_refused(count):
+    neck = MDEQFuseScales(**GOOD)
+    maps = maps_of((8, 16, 32)[:count], (8, 8), dtype=torch.float32)
+    with pytest.raises(ValueError, match=rf'got {count} maps for 2 .*out_indices'):
+        neck(maps)
