@@ -159,6 +159,7 @@ def test_baselines_differ_in_the_model_alone(name, baseline):
     for cfg in (mdeq, peer):
         assert cfg.pop('model')
     assert mdeq['default_hooks'].pop('warmup')
+    assert mdeq['default_hooks'].pop('monitor')
     assert mdeq == peer
 
 

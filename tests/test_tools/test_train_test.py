@@ -175,7 +175,8 @@ def test_resume_goes_on_where_training_ended(call, trained, cifar10_folder, tmp_
          'train_cfg.max_epochs=3', 'default_hooks.logger.interval=1')  # fmt: skip
     last = torch.load(tmp_path / 'epoch_3.pth', weights_only=False)
     assert (last['meta']['epoch'], last['meta']['iter']) == (3, 3)
-    assert [r['iter'] for r in scalars(tmp_path) if 'loss' in r] == [3]
+    # Runs that start within one second share a folder of records.
+    assert {r['iter'] for r in scalars(tmp_path) if 'loss' in r} in ({3}, {2, 3})
 
 
 def test_metrics_and_tta(call, trained, cifar10_folder, tmp_path):
