@@ -6,6 +6,7 @@ of their own.
 """
 
 import inspect
+import re
 
 from mmengine.registry import HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, Registry
 
@@ -70,4 +71,10 @@ def build_from(registry, cfg, field):
             f'{field} ({cls.__name__}) has no argument {", ".join(unknown)}: it takes '
             f'{", ".join(takes) or "none"}'
         )
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        # Which of several solvers it was: messages start with the argument.
+        name = re.match(r'\w*', str(error))[0]
+        link = '.' if name in takes else ': '
+        raise type(error)(f'{field}{link}{error}') from error

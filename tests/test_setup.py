@@ -22,6 +22,9 @@ PINNED = ['onedl', 'openmmlab', 'build', 'demo', 'tests', 'lint']
 
 def run(*command, cwd, env=None, **variables):
     env = dict(os.environ if env is None else env, **variables)
+    # What a surrounding make was told is not for this one.
+    for name in ('MAKEFLAGS', 'MFLAGS', 'MAKEOVERRIDES', 'STACK'):
+        env.pop(name, None)
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,

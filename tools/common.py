@@ -1,11 +1,13 @@
 """What train.py and test.py share: reading, checking and completing a config."""
 
 import argparse
+import gc
 import inspect
 import os
 import os.path as osp
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
@@ -18,7 +20,9 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import DATASETS, RUNNERS
 from mmengine.runner import Runner
 
+import mdeq_mm
 from mdeq_mm.utils.checkpoint import (
+    check_finite,
     check_state_dict,
     read_checkpoint,
     state_dict_of,
@@ -249,13 +253,53 @@ def set_launcher(cfg: Config, args: argparse.Namespace) -> None:
 
 def build_runner(cfg: Config) -> Runner:
     """Build the runner that the config asks for."""
-    return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    try:
+        return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    except (TypeError, ValueError) as error:
+        # mmengine's registries wrap what a class raises. What this package says
+        # about a config is a sentence for its user; anything else is a fault.
+        said = error
+        while said is not None and not _is_ours(said):
+            said = said.__context__
+        if said is None:
+            raise
+        fail(f'the config cannot be used: {said}')
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised an exception."""
+    origin = traceback.extract_tb(error.__traceback__)[-1].filename
+    return origin.startswith(osp.dirname(mdeq_mm.__file__))
+
+
+def close_process_group() -> None:
+    """Leave the process group, where there is one, together and in good order.
+
+    Call it without a reference to the runner: a distributed wrapper that outlives
+    the group ends its threads while Python shuts down, and now and then aborts.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    gc.collect()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def check_checkpoint_path(path: str) -> None:
     """Refuse a checkpoint that does not exist; remote ones are left alone."""
     if not is_remote(path) and not osp.isfile(path):
         fail(f'the checkpoint {path!r} does not exist.')
+
+
+def check_checkpoint_sound(path: str) -> None:
+    """Refuse a checkpoint to start from that is damaged or not finite.
+
+    What it lacks is left to the model: fine-tuning replaces heads.
+    """
+    try:
+        check_finite(state_dict_of(read_checkpoint(path)))
+    except (OSError, ValueError) as error:
+        fail(f'the checkpoint {path!r} cannot be used: {error}')
 
 
 def check_checkpoint_fits(runner: Runner, path: str) -> None:

@@ -5,7 +5,6 @@ import os.path as osp
 from copy import deepcopy
 
 import mmengine
-import torch
 from common import (
     add_common_arguments,
     build_loops,
@@ -13,6 +12,7 @@ from common import (
     check_checkpoint_fits,
     check_checkpoint_path,
     check_data_roots,
+    close_process_group,
     fail,
     load_config,
     set_dataloader_defaults,
@@ -193,8 +193,8 @@ def main() -> None:
     metrics = runner.test()
     if stores_file and args.out_item == 'metrics' and runner.rank == 0:
         mmengine.dump(metrics, args.out)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    del runner
+    close_process_group()
 
 
 if __name__ == '__main__':

@@ -4,14 +4,15 @@ import argparse
 import logging
 import os.path as osp
 
-import torch
 from common import (
     add_common_arguments,
     build_loops,
     build_runner,
     check_checkpoint_fits,
     check_checkpoint_path,
+    check_checkpoint_sound,
     check_data_roots,
+    close_process_group,
     fail,
     has_accelerator,
     load_config,
@@ -147,13 +148,15 @@ def main() -> None:
     resumed = find_resumed(cfg)
     if resumed is not None:
         check_checkpoint_fits(runner, resumed)
+    elif cfg.get('load_from'):
+        check_checkpoint_sound(cfg.load_from)
 
     # The original mmengine cannot read its own checkpoints without this under PyTorch
     # 2.6 and later, and not every config carries the hook that does it.
     allow_runner_checkpoints()
     runner.train()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    del runner
+    close_process_group()
 
 
 if __name__ == '__main__':

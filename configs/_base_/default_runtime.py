@@ -13,7 +13,7 @@ default_hooks = dict(
     visualization=dict(type='VisualizationHook', enable=False),
     # An entry here and not in custom_hooks: a config that sets its own
     # custom_hooks replaces the whole list, while this dict is merged.
-    allowlist=dict(type='CheckpointAllowlistHook'),
+    guard=dict(type='CheckpointGuardHook'),
 )
 
 env_cfg = dict(

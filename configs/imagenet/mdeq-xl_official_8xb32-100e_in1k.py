@@ -5,3 +5,7 @@
 _base_ = './mdeq-xl_8xb32-100e_in1k.py'
 
 model = dict(backbone=dict(solver=dict(norm='abs')))
+
+# The published number. 100 epochs of batches of 256 have 500,500 iterations, so
+# that the training stays unrolled to the end.
+default_hooks = dict(warmup=dict(end=510000))

@@ -1,3 +1,3 @@
-from .hooks import CheckpointAllowlistHook, EquilibriumMonitorHook, UnrollWarmupHook
+from .hooks import CheckpointGuardHook, EquilibriumMonitorHook, UnrollWarmupHook
 
-__all__ = ['CheckpointAllowlistHook', 'EquilibriumMonitorHook', 'UnrollWarmupHook']
+__all__ = ['CheckpointGuardHook', 'EquilibriumMonitorHook', 'UnrollWarmupHook']

@@ -70,6 +70,12 @@ class Equation:
         new.tensors = tuple(tensors)
         return new
 
+    @property
+    def half(self):
+        """bool: Whether f runs in float16, whose range a scaled loss may leave."""
+        cast = self._autocast['enabled'] and self._autocast['dtype'] == torch.float16
+        return cast or any(t.dtype == torch.float16 for t in self.tensors)
+
     def map_samples(self, change):
         """The same equation with ``change`` applied to each per-sample tensor.
 

@@ -59,6 +59,12 @@ class EquilibriumLayer(nn.Module):
         self.last_solution = None
         self._function = FunctionalModule(f)
 
+    def extra_repr(self):
+        lines = [f'solver={self.solver}', f'gradient={type(self.gradient).__name__}']
+        if self.eval_solver is not self.solver:
+            lines.insert(1, f'eval_solver={self.eval_solver}')
+        return '\n'.join(lines)
+
     def equation(self, start: Sequence[Tensor], *inputs: Tensor):
         """The equation of one forward pass.
 

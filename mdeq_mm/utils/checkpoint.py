@@ -50,7 +50,7 @@ def allow_runner_checkpoints():
     """Let ``torch.load(weights_only=True)`` read checkpoints of a Runner.
 
     Changes a setting of the whole process, so it is called by tools and by
-    :class:`CheckpointAllowlistHook`, not on import.
+    :class:`CheckpointGuardHook`, not on import.
     """
     torch.serialization.add_safe_globals(allowed_types())
 
@@ -175,12 +175,27 @@ def check_state_dict(module, state_dict, prefix, *args):
         if found.shape != value.shape:
             raise RuntimeError(
                 f'{prefix + key} has shape {tuple(found.shape)} in the checkpoint and '
-                f'{tuple(value.shape)} in {name}: set arch to that of the checkpoint'
+                f'{tuple(value.shape)} in {name}: set its channels to those of the '
+                'checkpoint (arch for a backbone)'
             )
-        if found.is_floating_point() and not found.isfinite().all():
+    check_finite({prefix + k: state_dict.get(prefix + k) for k in own})
+
+
+def check_finite(state_dict):
+    """Refuse a state dict with numbers that are not finite.
+
+    Args:
+        state_dict (dict): Names to tensors; other entries are passed over.
+
+    Raises:
+        ValueError: Naming the first such entry.
+    """
+    for key, value in state_dict.items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        if not value.isfinite().all():
             raise ValueError(
-                f'{prefix + key} holds non-finite numbers in the checkpoint: take an '
-                'earlier one'
+                f'{key} holds non-finite numbers in the checkpoint: take an earlier one'
             )
 
 
@@ -246,6 +261,23 @@ def load_pretrained(module, path, prefix=None):
         + (f'; left {len(left)}: {_short(left)}' if left else ''),
         logger='current',
     )
+
+
+def init_pretrained(module):
+    """Load a module from the checkpoint that its ``init_cfg`` names, if it does.
+
+    Args:
+        module (BaseModule): The module.
+
+    Returns:
+        bool: Whether it was loaded.
+    """
+    cfg = module.init_cfg
+    if not isinstance(cfg, dict) or cfg.get('type') != 'Pretrained':
+        return False
+    load_pretrained(module, cfg['checkpoint'], cfg.get('prefix'))
+    module._is_init = True
+    return True
 
 
 def _short(names, most=8):

@@ -1,4 +1,4 @@
-"""The main job, shortened: the data, two epochs of each model, the report."""
+"""The main job, shortened: the data, three epochs of each model, the report."""
 
 import json
 import subprocess
@@ -69,14 +69,14 @@ def test_demo_trains_and_reports_all_three(digits_folder, tmp_path):
         '--data-root',
         str(digits_folder),
         '--cfg-options',
-        'train_cfg.max_epochs=2',
+        'train_cfg.max_epochs=3',
         'train_cfg.val_interval=1',
         'param_scheduler.0.end=1',
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     # Progress is visible where there is no terminal, too.
-    assert done.stdout.count('epoch 2: test accuracy') == 3
+    assert done.stdout.count('epoch 3: test accuracy') == 3
     assert 'Training unrolled, 4 evaluations of f, until epoch 10.' in done.stdout
     results = json.loads((tmp_path / 'results.json').read_text())
     assert list(results) == ['MDEQ', 'ResNet', 'HRNet']
@@ -87,15 +87,15 @@ def test_demo_trains_and_reports_all_three(digits_folder, tmp_path):
         assert peer['evaluations of f, mean'] is None
     assert resnet['training time / ResNet'] == 1
     assert mdeq['training time / ResNet'] > 1
-    # Guessing would be right in 10 % of the cases.
-    assert all(r['test accuracy, %'] > 12 for r in results.values())
+    # Guessing is right in 10 % of the cases.
+    assert all(r['test accuracy, %'] > 30 for r in results.values())
     assert 2 < mdeq['evaluations of f, mean'] <= 30
     assert 'MDEQ' in (tmp_path / 'results.md').read_text()
     for name in ('curves.png', 'predictions.png'):
         picture = matplotlib.image.imread(tmp_path / name)
         assert picture.std() > 0.05
     # The accuracy in the table is the one that the training ended with.
-    last = done.stdout.split('ResNet: ')[1].split('epoch 2: test accuracy ')[1]
+    last = done.stdout.split('ResNet: ')[1].split('epoch 3: test accuracy ')[1]
     assert resnet['test accuracy, %'] == pytest.approx(float(last.split()[0]), abs=0.06)
 
 

@@ -65,8 +65,8 @@ class TestNames:
         expected = {
             'downsample.0.weight': 'backbone.stem.0.conv.weight',
             'downsample.4.running_mean': 'backbone.stem.1.bn.running_mean',
-            'stage0.0.weight': 'backbone.injection.conv.weight',
-            'stage0.1.bias': 'backbone.injection.bn.bias',
+            'stage0.0.weight': 'backbone.injection.0.conv.weight',
+            'stage0.1.bias': 'backbone.injection.0.bn.bias',
             'fullstage.branches.2.blocks.0.conv1.weight_g': (
                 f'{f}.branches.2.0.conv1.parametrizations.weight.original0'
             ),

@@ -457,10 +457,34 @@ def test_unfit_checkpoints_are_refused(refused, trained, cifar10_folder, tmp_pat
     damaged.write_bytes((trained / 'epoch_1.pth').read_bytes()[:1000])
     assert 'cannot be read' in refused('test', TINY, damaged, *common)
 
+    content = torch.load(trained / 'epoch_1.pth', weights_only=False)
+    content['state_dict']['head.fc.weight'][0, 0] = torch.inf
+    torch.save(content, tmp_path / 'infinite.pth')
+    options = ['--cfg-options', f'load_from={tmp_path / "infinite.pth"}']
+    assert 'non-finite' in refused('test', TINY, tmp_path / 'infinite.pth', *common)
+    assert 'non-finite' in refused('train', TINY, *common, *options)
+
     hostile = tmp_path / 'hostile.pth'
     hostile.write_bytes(pickle.dumps(dict(state_dict=Code())))
     assert 'cannot be read' in refused('test', TINY, hostile, *common)
     assert not Path('ran').exists()
+
+
+@pytest.mark.parametrize(
+    ('option', 'words'),
+    [
+        ('arch=huge', "arch='huge' is unknown"),
+        ('solver.tol=-1', 'solver.tol=-1'),
+        ('gradient.solver.max_steps=0', 'gradient.solver.max_steps=0'),
+        ('gradient.type=Exact', "gradient.type='Exact'"),
+    ],
+)
+def test_bad_settings_end_in_a_sentence(
+    refused, cifar10_folder, tmp_path, option, words
+):
+    common = ['--data-root', cifar10_folder, '--work-dir', tmp_path]
+    options = ['--cfg-options', f'model.backbone.{option}']
+    assert words in refused('train', TINY, *common, *options)
 
 
 class Code:

@@ -110,7 +110,7 @@ def gradients(model, images, target, steps):
     return dict(logits=logits.detach(), loss=loss.detach(), grads=grads)
 
 
-def compute(seed=0):
+def compute(seed=4):
     """All golden numbers.
 
     Raises:
@@ -167,7 +167,8 @@ def compute(seed=0):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('out', type=Path, help='where to write the numbers')
-    parser.add_argument('--seed', type=int, default=0)
+    # Of the first seeds, the one whose map is hardest: a radius of 0.43.
+    parser.add_argument('--seed', type=int, default=4)
     parser.add_argument('--force', action='store_true', help='overwrite OUT')
     args = parser.parse_args(argv)
     if args.out.exists() and not args.force:

@@ -27,8 +27,8 @@ NORMALISED = dict(
 
 # Patterns over official names, and what makes our name of a match.
 SHARED = [
-    (r'stage0\.0\.(\w+)', lambda m: f'backbone.injection.conv.{m[1]}'),
-    (r'stage0\.1\.(\w+)', lambda m: f'backbone.injection.bn.{m[1]}'),
+    (r'stage0\.0\.(\w+)', lambda m: f'backbone.injection.0.conv.{m[1]}'),
+    (r'stage0\.1\.(\w+)', lambda m: f'backbone.injection.0.bn.{m[1]}'),
     (
         r'fullstage\.branches\.(\d+)\.blocks\.(\d+)\.conv(\d)\.(weight(?:_[gv])?)',
         lambda m: f'{F}.branches.{m[1]}.{m[2]}.conv{m[3]}.{NORMALISED[m[4]]}',

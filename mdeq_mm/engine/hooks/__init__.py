@@ -1,5 +1,5 @@
-from .checkpoint_allowlist_hook import CheckpointAllowlistHook
+from .checkpoint_guard_hook import CheckpointGuardHook
 from .equilibrium_monitor_hook import EquilibriumMonitorHook
 from .unroll_warmup_hook import UnrollWarmupHook
 
-__all__ = ['CheckpointAllowlistHook', 'EquilibriumMonitorHook', 'UnrollWarmupHook']
+__all__ = ['CheckpointGuardHook', 'EquilibriumMonitorHook', 'UnrollWarmupHook']

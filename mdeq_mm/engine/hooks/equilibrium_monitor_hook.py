@@ -1,5 +1,6 @@
 """Logging of what the solvers do."""
 
+import torch
 from mmengine.hooks import Hook
 
 from ...implicit import Status
@@ -13,9 +14,9 @@ class EquilibriumMonitorHook(Hook):
 
     They are scalars in mmengine's message hub, so that every log and every
     visualization backend shows them beside the loss: ``eq_steps`` (mean
-    evaluations of f), ``eq_residual`` (median) and ``eq_converged`` (share of
-    the samples) of the forward solve, and ``adjoint_steps``,
-    ``adjoint_residual`` and ``adjoint_converged`` of the backward solve. Models
+    evaluations of f), ``eq_residual`` (median), ``eq_residual_log10`` and
+    ``eq_converged`` (share of the samples) of the forward solve, and the same
+    with ``adjoint`` in place of ``eq`` of the backward solve. Models
     without an equilibrium layer log nothing.
 
     Args:
@@ -54,5 +55,10 @@ class EquilibriumMonitorHook(Hook):
 def _log(hub, name, solution):
     converged = (solution.status == Status.CONVERGED).float().mean()
     hub.update_scalar(f'train/{name}_steps', solution.steps.float().mean().item())
-    hub.update_scalar(f'train/{name}_residual', solution.residual.median().item())
+    residual = solution.residual.median()
+    hub.update_scalar(f'train/{name}_residual', residual.item())
+    # The console shows four decimals, too few for a small residual.
+    tiny = torch.finfo(residual.dtype).tiny
+    log10 = residual.clamp_min(tiny).log10().item()
+    hub.update_scalar(f'train/{name}_residual_log10', log10)
     hub.update_scalar(f'train/{name}_converged', converged.item())

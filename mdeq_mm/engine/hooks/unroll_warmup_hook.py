@@ -73,6 +73,12 @@ class UnrollWarmupHook(Hook):
                 'under train_cfg.by_epoch=False, which counts no epochs: give the '
                 'iteration, with by_epoch=False'
             )
+        last = runner.max_epochs if self.by_epoch else runner.max_iters
+        if 0 < last <= self.end:
+            runner.logger.warning(
+                f'UnrollWarmupHook.end={self.end} is not reached in this training of '
+                f'{last}: it is unrolled to the end, and never solves.'
+            )
         self._apply(runner)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):

@@ -195,7 +195,43 @@ class _Equilibrium(torch.autograd.Function):
             if not usable.any():
                 return None, None, None, *map(torch.zeros_like, tensors)
             linear = Linearisation(ctx.equation, z, tensors, usable)
-        return None, None, None, *linear.full_product(y)
+        grads = linear.full_product(y)
+        equation = ctx.equation.bind(tensors)
+        if not equation.half and not _shared_are_finite(equation, grads):
+            # In float16 that is an overflow, which a loss scaler has to see.
+            usable &= _sound_samples(equation, z, y)
+            y = torch.where(usable[:, None], y, torch.zeros_like(y))
+            if not usable.any():
+                return None, None, None, *map(torch.zeros_like, tensors)
+            grads = Linearisation(equation, z, tensors, usable).full_product(y)
+        return None, None, None, *grads
+
+
+def _shared_are_finite(equation, grads):
+    """Whether the gradients of all tensors that samples share are finite."""
+    shared = [
+        g.sum()
+        for g, mine in zip(grads, equation.per_sample, strict=True)
+        if g is not None and not mine
+    ]
+    return not shared or bool(torch.stack(shared).isfinite().all())
+
+
+def _sound_samples(equation, z, y):
+    """Samples whose own product with the shared tensors' Jacobian is finite, (N,).
+
+    Args:
+        equation (Equation): f.
+        z (Tensor): (N, D).
+        y (Tensor): (N, D), the adjoint.
+    """
+    sound = []
+    for i in range(len(z)):
+        row = slice(i, i + 1)
+        one = equation.take(row)
+        linear = Linearisation(one, z[row], one.tensors, z.new_ones(1).bool())
+        sound.append(_shared_are_finite(one, linear.full_product(y[row])))
+    return torch.tensor(sound, device=z.device)
 
 
 def equilibrium(equation, solution: Solution, adjoint):

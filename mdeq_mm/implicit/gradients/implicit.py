@@ -27,10 +27,10 @@ class ImplicitGradient(Gradient):
     """
 
     def __init__(self, solver=None):
-        self.solver = build_solver(solver or _DEFAULT, 'gradient.solver')
+        self.solver = build_solver(solver or _DEFAULT)
         if self.solver.norm != 'rel':
             raise ValueError(
-                f'gradient.solver.norm={self.solver.norm!r} cannot be used: the '
+                f'solver.norm={self.solver.norm!r} cannot be used: the '
                 "backward solve runs on a gradient scaled to unit norm, use 'rel'"
             )
 

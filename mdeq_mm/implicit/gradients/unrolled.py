@@ -16,6 +16,10 @@ class UnrolledGradient(Gradient):
     equilibrium, which makes it the way to start a training: a random f is not
     contractive. Memory grows with the number of steps, unless f is recomputed.
 
+    Samples that fail on the way, or whose gradient is not finite, contribute
+    nothing. One exception: a derivative of f in the shared weights that is not
+    finite, though f is, reaches them; :class:`ImplicitGradient` contains it too.
+
     Args:
         steps (int): Number of applications of f.
         damping (float): z <- (1 - damping) z + damping f(z), in (0, 1].

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...implicit import EquilibriumLayer
 from ...registry import MODELS
-from ...utils.checkpoint import check_no_more, check_state_dict, load_pretrained
+from ...utils.checkpoint import check_no_more, check_state_dict, init_pretrained
 from ..layers import MultiscaleFunction, channel_mask
 from .arch import build_arch
 
@@ -33,7 +33,8 @@ class MDEQ(BaseModule):
             highest resolution. Default: all.
         drop_rate (float, optional): Rate of the variational dropout in place of
             the arch's.
-        solver (dict): Solver of the forward pass.
+        solver (dict): Solver of the forward pass. ``max_steps`` counts evaluations
+            of f; the official limit of 26 updates takes 27.
         eval_solver (dict, optional): Solver in evaluation. Default: ``solver``.
         gradient (dict): How gradients pass through the equilibrium.
         norm_cfg (dict): Norm of stem and injection.
@@ -60,7 +61,7 @@ class MDEQ(BaseModule):
         >>> [tuple(m.shape) for m in maps]
         [(1, 32, 16, 16), (1, 64, 8, 8), (1, 128, 4, 4), (1, 256, 2, 2)]
         >>> backbone.last_solution.steps.tolist()
-        [26]
+        [27]
     """
 
     def __init__(
@@ -69,11 +70,11 @@ class MDEQ(BaseModule):
         in_channels=3,
         out_indices=None,
         drop_rate=None,
-        solver=dict(type='BroydenSolver', max_steps=26, tol=1e-3),
+        solver=dict(type='BroydenSolver', max_steps=27, tol=1e-3),
         eval_solver=None,
         gradient=dict(
             type='ImplicitGradient',
-            solver=dict(type='BroydenSolver', max_steps=27, tol=1e-3),
+            solver=dict(type='BroydenSolver', max_steps=28, tol=1e-3),
         ),
         norm_cfg=dict(type='BN'),
         norm_eval=False,
@@ -96,6 +97,7 @@ class MDEQ(BaseModule):
                 f'frozen_stages={frozen_stages!r} is out of range: use -1 (nothing), '
                 '0 (stem), 1 (injection too) or 2 (everything)'
             )
+        self.in_channels = in_channels
         self.norm_eval = norm_eval
         self.frozen_stages = frozen_stages
 
@@ -113,11 +115,13 @@ class MDEQ(BaseModule):
                     norm_cfg=norm_cfg,
                 )
             )
-        self.injection = (
-            ConvModule(width, width, 1, bias=False, norm_cfg=norm_cfg)
-            if self.arch.has_injection
-            else nn.Identity()
-        )
+        # In a Sequential, because a ConvModule that is a direct child initialises
+        # itself, after init_cfg.
+        self.injection = nn.Sequential()
+        if self.arch.has_injection:
+            self.injection.append(
+                ConvModule(width, width, 1, bias=False, norm_cfg=norm_cfg)
+            )
         f = MultiscaleFunction(
             self.arch.channels,
             self.arch.num_blocks,
@@ -140,11 +144,7 @@ class MDEQ(BaseModule):
 
     def init_weights(self):
         """Initialise, or load the checkpoint that ``init_cfg`` names."""
-        cfg = self.init_cfg
-        if isinstance(cfg, dict) and cfg.get('type') == 'Pretrained':
-            load_pretrained(self, cfg['checkpoint'], cfg.get('prefix'))
-            self._is_init = True
-        else:
+        if not init_pretrained(self):
             super().init_weights()
 
     def forward(self, x):
@@ -173,7 +173,7 @@ class MDEQ(BaseModule):
         injection = self.injection(self.stem(x))
         start = self._start(injection)
         masks = ()
-        if self.training and self.arch.dropout > 0:
+        if self.equilibrium.training and self.arch.dropout > 0:
             masks = [
                 channel_mask(z, self.arch.dropout)
                 for z, blocks in zip(start, self.arch.num_blocks, strict=True)
@@ -192,14 +192,15 @@ class MDEQ(BaseModule):
             height, width = -(-height // 2), -(-width // 2)
         return start
 
-    def get_flops(self, input_shape=(3, 224, 224), steps=None):
+    def get_flops(self, input_shape=None, steps=None):
         """Count floating-point operations for one image, in evaluation.
 
         A multiplication and an addition count as two. Convolutions are counted;
         norms and activations, which are under 2 % of it, are not.
 
         Args:
-            input_shape (tuple[int, int, int]): Channels, height, width.
+            input_shape (tuple[int, int, int], optional): Channels, height, width.
+                Default: the model's channels, 224 pixels a side.
             steps (int, optional): Evaluations of f in the solve. Default: the
                 limit of the evaluation solver.
 
@@ -209,7 +210,7 @@ class MDEQ(BaseModule):
         """
         steps = self.equilibrium.eval_solver.max_steps if steps is None else steps
         weight = next(self.parameters())
-        image = weight.new_zeros(1, *input_shape)
+        image = weight.new_zeros(1, *(input_shape or (self.in_channels, 224, 224)))
         training = self.training
         self.eval()
         try:
@@ -279,6 +280,11 @@ def _out_indices(out_indices, branches):
         return tuple(range(branches))
     if isinstance(out_indices, int):
         out_indices = (out_indices,)
+    if not out_indices:
+        raise ValueError(
+            f'out_indices={out_indices!r} is empty: name at least one of the '
+            f'{branches} branches'
+        )
     for index in out_indices:
         if not isinstance(index, numbers.Integral) or not 0 <= index < branches:
             raise ValueError(

@@ -9,6 +9,7 @@ from mmengine.model import BaseModule
 from torch import nn
 
 from ...registry import MODELS
+from ...utils.checkpoint import check_no_more, check_state_dict, init_pretrained
 
 
 class _Bottleneck(nn.Module):
@@ -46,6 +47,13 @@ class _Bottleneck(nn.Module):
         return (self.layers(x) + self.shortcut(x)).relu()
 
 
+def _check_state_dict(module, state_dict, prefix, *args):
+    """Refuse a neck of other widths; a checkpoint without a neck is welcome."""
+    if any(key.startswith(prefix) for key in state_dict):
+        check_state_dict(module, state_dict, prefix)
+        check_no_more(module, state_dict, prefix)
+
+
 def _biased(inside, outside, kernel, stride, norm_cfg):
     """Convolution with a bias, norm, ReLU.
 
@@ -76,7 +84,8 @@ class MDEQFuseScales(BaseModule):
         expansion (int): Factor from the width of a bottleneck to its output.
         norm_cfg (dict): Norm; batch norm in the official model.
         init_cfg (dict | list[dict], optional): Initialisation. Default: the
-            official one.
+            official one, but for biases of zero: they stand in front of norms.
+            With ``type='Pretrained'``, files that do not fit are an error.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -126,6 +135,12 @@ class MDEQFuseScales(BaseModule):
             _biased(a, b, 3, 2, norm_cfg) for a, b in pairwise(widths)
         )
         self.final = _biased(widths[-1], out_channels, 1, 1, norm_cfg)
+        self.register_load_state_dict_pre_hook(_check_state_dict)
+
+    def init_weights(self):
+        """Initialise, or load the checkpoint that ``init_cfg`` names."""
+        if not init_pretrained(self):
+            super().init_weights()
 
     def forward(self, inputs):
         """Fuse the branches.

@@ -60,6 +60,8 @@ def test_logs_what_the_last_solutions_say(tmp_path):
         assert len(scalars(runner, f'{name}_steps')) == 4
         assert scalars(runner, f'{name}_steps')[-1] == s.steps.float().mean()
         assert scalars(runner, f'{name}_residual')[-1] == s.residual.median()
+        log10 = scalars(runner, f'{name}_residual_log10')[-1]
+        assert log10 == pytest.approx(s.residual.median().log10().item())
         assert scalars(runner, f'{name}_converged')[-1] == s.converged.float().mean()
 
 

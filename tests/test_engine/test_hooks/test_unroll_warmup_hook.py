@@ -75,6 +75,7 @@ def test_longer_than_the_training(make_runner):
     assert all(unrolled(watched(runner).train).values())
     # A training that is over is not said to go on.
     assert not any('equilibrium from' in text for text in texts)
+    assert any('end=100 is not reached in this training of 6' in t for t in texts)
     assert runner.model.backbone.equilibrium.unroll_steps is None
 
 

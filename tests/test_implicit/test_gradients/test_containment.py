@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mdeq_mm.implicit import Equation, Status
+from mdeq_mm.implicit import AndersonSolver, Equation, PhantomGradient, Status
 from tests.helpers import GRADIENTS, SOLVERS, gradient_of, matrix, relative
 
 N, DIM, BAD = 4, 5, 1
@@ -43,6 +43,11 @@ def cusp(z, w, x, q):
 def kink(z, w, x, q):
     """Has an infinite derivative in an input alone, where that is zero."""
     return torch.tanh(z @ w.T + x) + 0.1 * q.abs().sqrt()
+
+
+def weighted(z, w, x, q):
+    """Has no derivative in the shared weights where q is zero."""
+    return torch.tanh(z @ w.T + x) + 0.1 * (w.square().sum() * q).sqrt()
 
 
 def problem(function, spoil=None):
@@ -153,6 +158,48 @@ def test_products_that_pass_through_shared_weights(name, kind):
     solution = compare(name, kind, cusp, spoil)
     assert solution.converged[BAD]
     assert solution.adjoint.status[BAD] == Status.DIVERGED
+
+
+@pytest.mark.parametrize('name', [n for n in GRADIENTS if 'unrolled' not in n])
+@every_solver
+def test_derivative_in_the_shared_weights(name, kind):
+    def spoil(x, q):
+        q[BAD] = 0
+
+    solution = compare(name, kind, weighted, spoil)
+    assert solution.converged[BAD]
+
+
+@pytest.mark.parametrize('function', [weighted, cusp])
+def test_derivative_without_any_product_in_z(function):
+    """The Jacobian-free gradient looks at no product before the full one."""
+
+    def spoil(x, q):
+        (q if function is weighted else x)[BAD] = 0
+
+    grads = {}
+    for rows in (range(N), GOOD):
+        w, x, q = (t.requires_grad_() for t in problem(function, spoil))
+        fixed = (w, x[rows], q[rows])
+        equation = Equation(lambda z, t: function(z, *t), fixed, (False, True, True))
+        start = torch.zeros(len(rows), DIM).double()
+        out, _ = PhantomGradient(steps=1)(equation, start, AndersonSolver(100, 1e-13))
+        out.square().sum().backward()
+        grads[len(rows)] = w.grad
+    assert relative(grads[N], grads[len(GOOD)]) < 1e-10
+
+
+def test_float16_leaves_overflow_to_the_loss_scaler():
+    w = torch.ones((), dtype=torch.float16, requires_grad=True)
+    equation = Equation(
+        lambda z, t: 0.1 * z + (t[0] * t[1]).float(),
+        (w, torch.full((2, 1), 60000.0, dtype=torch.float16)),
+        (False, True),
+    )
+    assert equation.half
+    out, _ = PhantomGradient(steps=1)(equation, torch.zeros(2, 1), AndersonSolver())
+    out.backward(torch.full_like(out, 4.0))
+    assert w.grad.isinf()
 
 
 @every_gradient

@@ -59,21 +59,21 @@ def test_defaults():
 
 def test_only_relative_solves_are_taken():
     solver = dict(type='BroydenSolver', norm='abs')
-    with pytest.raises(ValueError, match=r"gradient.solver.norm='abs' .*use 'rel'"):
+    with pytest.raises(ValueError, match=r"solver.norm='abs' .*use 'rel'"):
         ImplicitGradient(solver)
 
 
 @pytest.mark.parametrize(
     ('solver', 'error', 'words'),
     [
-        (dict(type='Newton'), ValueError, "gradient.solver.type='Newton' .*Broyden"),
+        (dict(type='Newton'), ValueError, "solver.type='Newton' .*Broyden"),
         (dict(type='PicardSolver', tol=-1), ValueError, 'tol=-1'),
         (
             dict(type='PicardSolver', beta=1),
             TypeError,
-            r'gradient.solver \(PicardSolver\) has no argument beta: .*max_steps',
+            r'solver \(PicardSolver\) has no argument beta: .*max_steps',
         ),
-        ('BroydenSolver', TypeError, "gradient.solver must be a dict.*'BroydenSolver'"),
+        ('BroydenSolver', TypeError, "solver must be a dict.*'BroydenSolver'"),
     ],
     ids=str,
 )

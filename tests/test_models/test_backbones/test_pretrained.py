@@ -184,7 +184,7 @@ class TestWhatDoesNot:
 
     @pytest.mark.parametrize('value', [torch.nan, torch.inf])
     def test_weights_that_are_not_finite(self, state, save, value):
-        key = 'injection.conv.weight'
+        key = 'injection.0.conv.weight'
         state[key][0, 0] = value
         self.refused(save(state), ValueError, 'weights.pth', key, 'non-finite')
 
@@ -284,7 +284,9 @@ class TestLoadingByTheToolboxes:
             load_checkpoint(make(), save(state), strict=False)
 
     def test_of_other_shapes(self, state, save):
-        with pytest.raises(RuntimeError, match='set arch to that of the checkpoint'):
+        with pytest.raises(
+            RuntimeError, match='set its channels to those of the checkpoint'
+        ):
             load_checkpoint(make(arch=ARCH | dict(channels=(4, 8))), save(state))
 
     def test_within_a_larger_model(self, state, save):
@@ -292,6 +294,6 @@ class TestLoadingByTheToolboxes:
         whole = {f'backbone.{k}': v for k, v in state.items()}
         load_checkpoint(model, save(whole), strict=False)
         assert_loaded(model['backbone'], state)
-        del whole['backbone.injection.conv.weight']
-        with pytest.raises(RuntimeError, match=r'backbone\.injection\.conv\.weight'):
+        del whole['backbone.injection.0.conv.weight']
+        with pytest.raises(RuntimeError, match=r'backbone\.injection\.0\.conv\.weight'):
             load_checkpoint(model, save(whole), strict=False)

@@ -215,3 +215,34 @@ def test_a_wrong_number_of_maps_is_refused(count):
     maps = maps_of((8, 16, 32)[:count], (8, 8), dtype=torch.float32)
     with pytest.raises(ValueError, match=rf'got {count} maps for 2 .*out_indices'):
         neck(maps)
+
+
+class TestLoading:
+    """A neck loads whole or not at all, like the backbone."""
+
+    def neck(self, heads=(2, 3), **options):
+        return MDEQFuseScales((8, 8), heads, 8, **options)
+
+    def test_other_widths_are_refused(self):
+        state = {f'neck.{k}': v for k, v in self.neck().state_dict().items()}
+        model = torch.nn.ModuleDict(dict(neck=self.neck(heads=(2, 4))))
+        with pytest.raises(RuntimeError, match=r'neck\.bottlenecks\.1.* has shape'):
+            model.load_state_dict(state, strict=False)
+
+    def test_a_checkpoint_without_a_neck_leaves_it_alone(self):
+        model = torch.nn.ModuleDict(dict(neck=self.neck()))
+        before = model.state_dict()['neck.final.conv.weight'].clone()
+        model.load_state_dict(dict(a=torch.ones(1)), strict=False)
+        assert torch.equal(model.state_dict()['neck.final.conv.weight'], before)
+
+    def test_pretrained(self, tmp_path):
+        path = str(tmp_path / 'a.pth')
+        source = self.neck()
+        torch.save({f'neck.0.{k}': v for k, v in source.state_dict().items()}, path)
+        cfg = dict(type='Pretrained', checkpoint=path, prefix='neck.0.')
+        neck = self.neck(init_cfg=cfg)
+        neck.init_weights()
+        for a, b in zip(neck.parameters(), source.parameters(), strict=True):
+            assert torch.equal(a, b)
+        with pytest.raises(RuntimeError, match='set its channels'):
+            self.neck(heads=(2, 4), init_cfg=cfg).init_weights()

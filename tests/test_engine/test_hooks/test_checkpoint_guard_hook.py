@@ -44,7 +44,7 @@ def test_runner_checkpoints_load_after_it(checkpoint):
             torch.load(sys.argv[1], weights_only=True)
         except Exception as error:
             print('before:', type(error).__name__)
-        HOOKS.build(dict(type='CheckpointAllowlistHook')).before_run(None)
+        HOOKS.build(dict(type='CheckpointGuardHook')).before_run(None)
         content = torch.load(sys.argv[1], weights_only=True)
         hub = content['message_hub']
         history = hub['log_scalars']['train/loss'].data[0]
@@ -64,7 +64,7 @@ def test_a_runner_resumes_with_it(checkpoint):
         from tests.test_engine.test_hooks.conftest import runner_in, watched
         runner = runner_in(
             sys.argv[1],
-            [dict(type='CheckpointAllowlistHook')],
+            [dict(type='CheckpointGuardHook')],
             dict(by_epoch=True, max_epochs=4),
             resume=True,
         )
@@ -77,7 +77,17 @@ def test_a_runner_resumes_with_it(checkpoint):
 
 
 def test_it_runs_before_other_hooks(make_runner):
-    runner = make_runner([dict(type='CheckpointAllowlistHook')])
+    runner = make_runner([dict(type='CheckpointGuardHook')])
     names = [type(h).__name__ for h in runner.hooks]
-    assert names.index('CheckpointAllowlistHook') < names.index('RuntimeInfoHook') + 2
-    assert HOOKS.get('CheckpointAllowlistHook').priority == 'VERY_HIGH'
+    assert names.index('CheckpointGuardHook') < names.index('RuntimeInfoHook') + 2
+    assert HOOKS.get('CheckpointGuardHook').priority == 'VERY_HIGH'
+
+
+def test_non_finite_weights_are_refused(checkpoint, make_runner):
+    content = torch.load(checkpoint, weights_only=False)
+    content['state_dict']['head.weight'][0, 0] = torch.nan
+    torch.save(content, checkpoint)
+    guard = dict(type='CheckpointGuardHook')
+    runner = make_runner([guard], load_from=str(checkpoint))
+    with pytest.raises(ValueError, match=r'head\.weight holds non-finite numbers'):
+        runner.train()
