@@ -4,6 +4,7 @@ import torch
 from mmengine.hooks import Hook
 
 from ...implicit import Status
+from ...implicit.checks import check_int
 from ...registry import HOOKS
 from .unroll_warmup_hook import equilibrium_layers
 
@@ -27,15 +28,7 @@ class EquilibriumMonitorHook(Hook):
     priority = 'NORMAL'
 
     def __init__(self, interval=10):
-        if isinstance(interval, bool) or not isinstance(interval, int):
-            raise TypeError(
-                f'EquilibriumMonitorHook.interval must be an integer, got {interval!r}'
-            )
-        if interval < 1:
-            raise ValueError(
-                f'EquilibriumMonitorHook.interval={interval} is too small: use 1 '
-                'or more'
-            )
+        check_int('EquilibriumMonitorHook.interval', interval, 1)
         self.interval = interval
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):

@@ -1,12 +1,11 @@
 """Training that starts unrolled."""
 
-import numbers
-
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop
 
 from ...implicit import EquilibriumLayer
+from ...implicit.checks import check_int
 from ...registry import HOOKS
 
 
@@ -47,15 +46,8 @@ class UnrollWarmupHook(Hook):
     priority = 'VERY_HIGH'
 
     def __init__(self, unroll_steps=5, end=0, by_epoch=False):
-        for name, value, least in (('unroll_steps', unroll_steps, 1), ('end', end, 0)):
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise TypeError(
-                    f'UnrollWarmupHook.{name} must be an integer, got {value!r}'
-                )
-            if value < least:
-                raise ValueError(
-                    f'UnrollWarmupHook.{name}={value} is too small: use {least} or more'
-                )
+        check_int('UnrollWarmupHook.unroll_steps', unroll_steps, 1)
+        check_int('UnrollWarmupHook.end', end, 0)
         self.unroll_steps = unroll_steps
         self.end = end
         self.by_epoch = by_epoch

@@ -191,20 +191,23 @@ class _Equilibrium(torch.autograd.Function):
             # A derivative of f is not finite there: 0 * NaN would reach the
             # shared weights, so f is recorded again without these samples.
             usable &= ~failed
-            y = torch.where(usable[:, None], y, torch.zeros_like(y))
-            if not usable.any():
-                return None, None, None, *map(torch.zeros_like, tensors)
-            linear = Linearisation(ctx.equation, z, tensors, usable)
-        grads = linear.full_product(y)
+            grads = _product_of(usable, ctx.equation, z, tensors, y)
+        else:
+            grads = linear.full_product(y)
         equation = ctx.equation.bind(tensors)
         if not equation.half and not _shared_are_finite(equation, grads):
             # In float16 that is an overflow, which a loss scaler has to see.
             usable &= _sound_samples(equation, z, y)
-            y = torch.where(usable[:, None], y, torch.zeros_like(y))
-            if not usable.any():
-                return None, None, None, *map(torch.zeros_like, tensors)
-            grads = Linearisation(equation, z, tensors, usable).full_product(y)
+            grads = _product_of(usable, equation, z, tensors, y)
         return None, None, None, *grads
+
+
+def _product_of(usable, equation, z, tensors, y):
+    """The full product of f recorded again, with the usable samples (N,) alone."""
+    if not usable.any():
+        return [torch.zeros_like(t) for t in tensors]
+    y = torch.where(usable[:, None], y, torch.zeros_like(y))
+    return Linearisation(equation, z, tensors, usable).full_product(y)
 
 
 def _shared_are_finite(equation, grads):

@@ -3,8 +3,8 @@
 import torch
 
 from ...registry import GRADIENTS
+from ..checks import check_int, check_share
 from ..solution import Solution, Status
-from ..solvers.base import check_int, check_share
 from .base import Gradient, equilibrium, infinite, iterate, unit
 
 

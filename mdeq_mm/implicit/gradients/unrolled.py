@@ -3,8 +3,9 @@
 import torch
 
 from ...registry import GRADIENTS
+from ..checks import check_int, check_share
 from ..solution import Solution, Status
-from ..solvers.base import check_int, check_share
+from ..solvers.base import residual_of
 from .base import Gradient, infinite, iterate
 
 
@@ -40,9 +41,7 @@ class UnrolledGradient(Gradient):
             fz = out.detach()
             if self.damping != 1:
                 fz = last + (fz - last) / self.damping
-            scale = torch.linalg.vector_norm(fz, dim=1)
-            residual = torch.linalg.vector_norm(fz - last, dim=1)
-            residual = residual / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+            residual = residual_of(last, fz)
             residual = torch.where(healthy, residual, infinite(len(last), residual))
             steps = torch.full_like(healthy, self.steps, dtype=torch.int64)
             status = torch.where(

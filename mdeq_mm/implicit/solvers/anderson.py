@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import torch
 
 from ...registry import SOLVERS
-from .base import Solver, check_int, check_share
+from ..checks import check_int, check_share
+from .base import Solver
 from .rows import combine, project
 
 

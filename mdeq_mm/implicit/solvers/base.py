@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...registry import SOLVERS, build_from
+from ..checks import check_int
 from ..solution import Solution, Status
 
 
@@ -15,18 +16,23 @@ def build_solver(cfg, field='solver'):
     return build_from(SOLVERS, cfg, field)
 
 
-def check_int(field, value, least):
-    """Refuse a value that is no integer or below ``least``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f'{field} must be an integer, got {value!r}')
-    if value < least:
-        raise ValueError(f'{field}={value} is too small: use {least} or more')
+def residual_of(z: Tensor, fz: Tensor, norm='rel'):
+    """Residual of each sample, (N,); infinite where f(z) - z is not finite.
 
-
-def check_share(field, value):
-    """Refuse a value outside (0, 1]."""
-    if not isinstance(value, numbers.Real) or not 0 < value <= 1:
-        raise ValueError(f'{field}={value!r} is out of range: use 0 < {field} <= 1')
+    Args:
+        z (Tensor): (N, D).
+        fz (Tensor): (N, D), f(z).
+        norm (str): ``'rel'`` or ``'abs'``, as :class:`Solver` has them.
+    """
+    change = torch.linalg.vector_norm(fz - z, dim=1)
+    residual = change
+    if norm == 'rel':
+        limits = torch.finfo(z.dtype)
+        scale = torch.linalg.vector_norm(fz, dim=1)
+        # f(z) = z = 0 has a residual of zero, not 0/0; where f(z) alone is
+        # zero it is large, which is no reason to give up.
+        residual = (change / scale.clamp_min(limits.tiny)).clamp_max(limits.max)
+    return torch.where(change.isfinite(), residual, math.inf)
 
 
 class Solver:
@@ -104,15 +110,7 @@ class Solver:
 
     def measure(self, z: Tensor, fz: Tensor):
         """Residual of each sample, (N,); infinite where it is not finite."""
-        change = torch.linalg.vector_norm(fz - z, dim=1)
-        residual = change
-        if self.norm == 'rel':
-            limits = torch.finfo(z.dtype)
-            scale = torch.linalg.vector_norm(fz, dim=1)
-            # f(z) = z = 0 has a residual of zero, not 0/0; where f(z) alone is
-            # zero it is large, which is no reason to give up.
-            residual = (change / scale.clamp_min(limits.tiny)).clamp_max(limits.max)
-        return torch.where(change.isfinite(), residual, math.inf)
+        return residual_of(z, fz, self.norm)
 
     @torch.no_grad()
     def solve(self, equation, start: Tensor, *, trace=False, drop_finished=False):

@@ -1,7 +1,8 @@
 """Damped fixed-point iteration."""
 
 from ...registry import SOLVERS
-from .base import Solver, check_share
+from ..checks import check_share
+from .base import Solver
 
 
 @SOLVERS.register_module()

@@ -3,6 +3,8 @@
 import numbers
 from dataclasses import dataclass, fields
 
+from ...implicit.checks import check_int
+
 
 @dataclass(frozen=True)
 class Arch:
@@ -41,9 +43,9 @@ class Arch:
             blocks = [1] * len(self.channels)
         for name, value in (('channels', self.channels), ('num_blocks', blocks)):
             object.__setattr__(self, name, _integers(f'arch.{name}', value))
-        _integer('arch.num_groups', self.num_groups, 2)
-        _integer('arch.expansion', self.expansion, 1)
-        _integer('arch.downsample_times', self.downsample_times, 0)
+        check_int('arch.num_groups', self.num_groups, 2)
+        check_int('arch.expansion', self.expansion, 1)
+        check_int('arch.downsample_times', self.downsample_times, 0)
         for name in ('post_gn_affine', 'weight_norm'):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(
@@ -135,18 +137,11 @@ def build_arch(arch):
     return Arch(**arch)
 
 
-def _integer(field, value, least):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f'{field} must be an integer, got {value!r}')
-    if value < least:
-        raise ValueError(f'{field}={value} is too small: use {least} or more')
-
-
 def _integers(field, values):
     if not isinstance(values, list | tuple):
         raise TypeError(
             f'{field} must be a list of integers, one a branch, got {values!r}'
         )
     for i, value in enumerate(values):
-        _integer(f'{field}[{i}]', value, 1)
+        check_int(f'{field}[{i}]', value, 1)
     return tuple(int(v) for v in values)

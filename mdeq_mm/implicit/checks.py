@@ -1,0 +1,17 @@
+"""Checks of arguments, whose messages name field, value and remedy."""
+
+import numbers
+
+
+def check_int(field, value, least):
+    """Refuse a value that is no integer or below ``least``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f'{field} must be an integer, got {value!r}')
+    if value < least:
+        raise ValueError(f'{field}={value} is too small: use {least} or more')
+
+
+def check_share(field, value):
+    """Refuse a value outside (0, 1]."""
+    if not isinstance(value, numbers.Real) or not 0 < value <= 1:
+        raise ValueError(f'{field}={value!r} is out of range: use 0 < {field} <= 1')
