@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
@@ -281,6 +282,89 @@ def official_classifier(**backbone):
         ),
     )
     return classifier(model, state, **backbone), names
+
+
+@cache
+def official_seg_golden():
+    return torch.load(SHARED / 'golden' / 'golden_seg.pt', weights_only=True)
+
+
+def segmentor_config(channels, classes, **backbone):
+    """An mmseg model with the official head; no norm, group or loss is left open."""
+    return dict(
+        type='EncoderDecoder',
+        data_preprocessor=dict(type='SegDataPreProcessor'),
+        backbone=dict(type='MDEQ', **backbone),
+        decode_head=dict(
+            type='FCNHead',
+            in_channels=list(channels),
+            in_index=list(range(len(channels))),
+            input_transform='resize_concat',
+            channels=sum(channels),
+            kernel_size=1,
+            num_convs=1,
+            concat_input=False,
+            dropout_ratio=0,
+            num_classes=classes,
+            norm_cfg=dict(type='BN'),
+            align_corners=True,
+            loss_decode=dict(type='CrossEntropyLoss', avg_non_ignore=True),
+        ),
+        test_cfg=dict(mode='whole'),
+    )
+
+
+def build_segmentor(cfg):
+    pytest.importorskip('mmseg', reason='mmseg is not installed')
+    import mmseg.models  # noqa: F401
+
+    init_default_scope('mmseg')
+    return MODELS.build(ConfigDict(cfg))
+
+
+def official_segmentor(**backbone):
+    """The segmentor of the official golden numbers, by way of the converter.
+
+    Returns:
+        tuple[nn.Module, dict[str, str]]: The model, and our names of the official
+        ones.
+    """
+    golden = official_seg_golden()
+    convert = load_tool('tools/model_converters/mdeq2mm.py').convert
+    state, names, left = convert(golden['official_state_dict'], 'seg')
+    assert left == []
+    config = golden['config']
+    arch = dict(channels=config['num_channels']) | {
+        key: config[key]
+        for key in 'num_groups expansion downsample_times post_gn_affine '
+        'weight_norm'.split()
+    }
+    exact = dict(solver=EXACT, gradient=dict(type='ImplicitGradient', solver=EXACT))
+    model = build_segmentor(
+        segmentor_config(
+            config['num_channels'],
+            config['num_classes'],
+            arch=arch,
+            **(exact | backbone),
+        )
+    ).double()
+    # In double precision already, in which the folded bias is.
+    model.load_state_dict(state)
+    return model.eval(), names
+
+
+def label_maps(labels):
+    """Data samples of mmseg with label maps (N, H, W)."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    return [
+        SegDataSample(
+            gt_sem_seg=PixelData(data=label[None]),
+            metainfo=dict(ori_shape=tuple(label.shape), img_shape=tuple(label.shape)),
+        )
+        for label in labels
+    ]
 
 
 def logits_of(model, images):

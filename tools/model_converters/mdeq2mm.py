@@ -138,7 +138,8 @@ def convert(official, task):
                 'the checkpoint has last_layer.0.bias, but lacks '
                 'last_layer.1.running_mean, which it belongs to: take all of it'
             )
-        state[mean] = state[mean] - bias
+        # In double precision, which a difference of floats needs to be exact.
+        state[mean] = state[mean].double() - bias.double()
         names['last_layer.0.bias'] = mean
         left.remove('last_layer.0.bias')
     return state, names, left

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import conv2d, group_norm, interpolate
 
+from mdeq_mm.models import MDEQ
 from mdeq_mm.models.layers import MultiscaleFunction, ResidualBlock
 from tests.helpers import relative
 
@@ -179,3 +180,37 @@ def test_upsampling_of_odd_sizes_copies_the_nearest():
     small = up.norm(up.conv(x))
     rows, columns = [0, 0, 1, 1, 2], [0, 0, 1]
     assert torch.equal(out, small[:, :, rows][:, :, :, columns])
+
+
+class OfficialReference(Reference):
+    """With the official upsampling, by a factor whatever the size it meets."""
+
+    def path(self, x, i, j, size):
+        if j < i:
+            return super().path(x, i, j, size)
+        name = f'fusion.paths.{i}.{j}'
+        x = self.norm(self.conv(x, name + '.conv'), name + '.norm')
+        return interpolate(x, scale_factor=2 ** (j - i), mode='nearest')
+
+
+@pytest.mark.parametrize(
+    'size',
+    [(64, 96), (32, 256), (256, 32), (61, 93), (63, 126), (512, 1024)],
+    ids=str,
+)
+def test_sizes_that_the_official_model_takes_give_its_numbers(size):
+    """States of floored sizes, and images of which the stem makes even ones."""
+    arch = dict(channels=(4, 4, 4, 4), num_groups=2, expansion=1)
+    backbone = MDEQ(arch=arch).double().eval()
+    with torch.no_grad():
+        injection = backbone.injection(backbone.stem(torch.rand(1, 3, *size).double()))
+        height, width = injection.shape[2:]
+        maps = [
+            torch.randn(1, 4, height // 2**i, width // 2**i).double() for i in range(4)
+        ]
+        assert [z.shape for z in backbone._start(injection)] == [m.shape for m in maps]
+        f = backbone.equilibrium.f
+        found = f(maps, injection)
+        expected = OfficialReference(f.state_dict(), 2)(maps, injection, [], [1] * 4)
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a, b) < 1e-12
