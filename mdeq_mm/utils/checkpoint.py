@@ -6,6 +6,7 @@ types are on its list of allowed ones.
 """
 
 import os
+from collections import Counter
 from contextlib import contextmanager
 
 import numpy as np
@@ -242,7 +243,13 @@ def load_pretrained(module, path, prefix=None):
         RuntimeError: If the module's entries are not all there, or do not fit.
         ValueError: If the file is no checkpoint, or holds non-finite numbers.
     """
-    checkpoint = read_checkpoint(path)
+    try:
+        checkpoint = read_checkpoint(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f'the checkpoint {path} of init_cfg does not exist: correct '
+            'init_cfg.checkpoint, or set init_cfg=None to start from random weights'
+        ) from error
     try:
         state = state_dict_of(checkpoint)
     except ValueError as error:
@@ -254,13 +261,17 @@ def load_pretrained(module, path, prefix=None):
         result = module.load_state_dict(used, strict=False)
     except (RuntimeError, ValueError) as error:
         raise type(error)(f'{path}: {error}') from error
+    loaded = [k for k in used if k not in result.unexpected_keys]
     left += [prefix + k for k in result.unexpected_keys]
-    print_log(
-        f'{type(module).__name__}: loaded {len(used) - len(result.unexpected_keys)} '
-        f'entries from {path}'
-        + (f'; left {len(left)}: {_short(left)}' if left else ''),
-        logger='current',
-    )
+    lines = [
+        f'{type(module).__name__}: loaded {len(loaded)} of {len(module.state_dict())} '
+        f'entries from {path}: {_parts(loaded)}'
+    ]
+    if result.missing_keys:
+        lines.append(f'not in the file: {", ".join(result.missing_keys)}')
+    if left:
+        lines.append(f'left in the file, not loaded: {_parts(left)}')
+    print_log('\n  '.join(lines), logger='current')
 
 
 def init_pretrained(module):
@@ -280,6 +291,7 @@ def init_pretrained(module):
     return True
 
 
-def _short(names, most=8):
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(names[:most]) + more
+def _parts(names):
+    """Names of weights by the module they are in, such as ``head.fc (2)``."""
+    counts = Counter('.'.join(name.split('.')[:2][: name.count('.')]) for name in names)
+    return ', '.join(f'{part} ({n})' for part, n in counts.items())
