@@ -10,6 +10,6 @@ from .version import __version__
 
 check_installation()
 
-from . import engine, implicit, models  # noqa: E402
+from . import datasets, engine, implicit, models  # noqa: E402
 
-__all__ = ['__version__', 'engine', 'implicit', 'models']
+__all__ = ['__version__', 'datasets', 'engine', 'implicit', 'models']

@@ -8,12 +8,20 @@ of their own.
 import inspect
 import re
 
-from mmengine.registry import HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, Registry
+from mmengine.registry import (
+    DATASETS,
+    HOOKS,
+    METRICS,
+    MODELS,
+    OPTIM_WRAPPERS,
+    Registry,
+)
 
 SOLVERS = Registry('solver', scope='mdeq_mm', locations=['mdeq_mm.implicit'])
 GRADIENTS = Registry('gradient', scope='mdeq_mm', locations=['mdeq_mm.implicit'])
 
 __all__ = [
+    'DATASETS',
     'GRADIENTS',
     'HOOKS',
     'METRICS',

@@ -3,13 +3,14 @@
 import argparse
 import gc
 import inspect
+import logging
 import os
 import os.path as osp
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -21,6 +22,7 @@ from mmengine.registry import DATASETS, RUNNERS
 from mmengine.runner import Runner
 
 import mdeq_mm
+from mdeq_mm.tasks import SCOPES
 from mdeq_mm.utils.checkpoint import (
     check_finite,
     check_state_dict,
@@ -31,6 +33,8 @@ from mdeq_mm.utils.checkpoint import (
 # OneDL's mmcv comes without compiled operators and says so at every start; no
 # model here uses them.
 warnings.filterwarnings('ignore', 'Fail to import ``MultiScaleDeformableAttention``')
+# The official segmentation head aligns corners at all sizes; mmseg advises others.
+warnings.filterwarnings('ignore', 'When align_corners=True, the output would more')
 
 # What torchrun sets for each of its processes.
 TORCHRUN_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
@@ -90,32 +94,43 @@ def load_config(args: argparse.Namespace) -> Config:
     The work dir is the one of the command line, else the config's, else
     ``./work_dirs/<name of the config>``.
     """
-    if not osp.isfile(args.config):
-        fail(f'the config {args.config!r} does not exist.')
-    try:
-        cfg = Config.fromfile(args.config)
-    except ImportError as error:
-        fail(
-            f'the config {args.config!r} imports a module that cannot be imported '
-            f'({error.__cause__ or error}); install it in this environment.'
-        )
-    except (OSError, SyntaxError, ValueError) as error:
-        fail(f'the config {args.config!r} cannot be read: {error}')
-
+    cfg = read_config(args.config)
     if args.data_root is not None:
         set_data_root(cfg, args.data_root)
-    if args.cfg_options is not None:
-        try:
-            cfg.merge_from_dict(args.cfg_options)
-        except (KeyError, TypeError) as error:
-            fail(f'--cfg-options does not fit {args.config!r}: {error}')
-
+    merge_options(cfg, args.cfg_options)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         name = osp.splitext(osp.basename(args.config))[0]
         cfg.work_dir = osp.join('./work_dirs', name)
     return cfg
+
+
+def read_config(path: str, options: dict | None = None) -> Config:
+    """Read a config file and merge --cfg-options into it."""
+    if not osp.isfile(path):
+        fail(f'the config {path!r} does not exist.')
+    try:
+        cfg = Config.fromfile(path)
+    except ImportError as error:
+        fail(
+            f'the config {path!r} imports a module that cannot be imported '
+            f'({error.__cause__ or error}); install it in this environment.'
+        )
+    except (OSError, SyntaxError, ValueError) as error:
+        fail(f'the config {path!r} cannot be read: {error}')
+    merge_options(cfg, options)
+    return cfg
+
+
+def merge_options(cfg: Config, options: dict | None) -> None:
+    """Merge --cfg-options into a config."""
+    if options is None:
+        return
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError) as error:
+        fail(f'--cfg-options does not fit {cfg.filename!r}: {error}')
 
 
 def iter_datasets(cfg: Config, fields: Sequence[str]) -> Iterator[tuple[str, dict]]:
@@ -125,7 +140,13 @@ def iter_datasets(cfg: Config, fields: Sequence[str]) -> Iterator[tuple[str, dic
         if 'dataset' in dataset:
             yield from descend(dataset['dataset'])
         elif 'datasets' in dataset:
-            for part in dataset['datasets']:
+            parts = dataset['datasets']
+            if isinstance(parts, dict):
+                # MultiTaskDataset looks each up in the toolbox of its task.
+                for task, part in parts.items():
+                    part.setdefault('_scope_', SCOPES.get(task))
+                parts = parts.values()
+            for part in parts:
                 yield from descend(part)
         else:
             yield dataset
@@ -158,15 +179,40 @@ def check_data_roots(cfg: Config, fields: Sequence[str]) -> None:
     """
     for field, dataset in iter_datasets(cfg, fields):
         root = dataset.get('data_root')
-        if not root or is_remote(root) or osp.isdir(root):
+        if not root or is_remote(root):
             continue
         cls = dataset['type']
-        cls = DATASETS.get(cls) if isinstance(cls, str) else cls
-        if cls is not None and 'download' in inspect.signature(cls).parameters:
-            continue
+        if isinstance(cls, str):
+            scope = dataset.get('_scope_')
+            with DATASETS.switch_scope_and_registry(scope) as registry:
+                cls = registry.get(cls)
+        if not osp.isdir(root):
+            if cls is not None and 'download' in inspect.signature(cls).parameters:
+                continue
+            fail(
+                f'{field}.dataset.data_root is {root!r}, which is not a folder; give '
+                'the folder of the data set with --data-root, or link it to that place.'
+            )
+        check_has_images(field, dataset, cls)
+
+
+def check_has_images(field: str, dataset: dict, cls: type | None) -> None:
+    """Refuse a segmentation data set without images.
+
+    mmseg builds it without complaint, and the sampler of iteration-based training
+    then looks for a first sample without end.
+    """
+    if not hasattr(cls, 'get_label_map'):
+        return
+    try:
+        found = len(DATASETS.build(dict(dataset, pipeline=[])))
+    except (AssertionError, OSError, ValueError) as error:
+        fail(f'the data set of {field} cannot be read: {error}')
+    if found == 0:
         fail(
-            f'{field}.dataset.data_root is {root!r}, which is not a folder; give the '
-            'folder of the data set with --data-root, or link it to that place.'
+            f'{field}.dataset finds no images in {dataset["data_root"]!r} with '
+            f'data_prefix={dict(dataset.get("data_prefix", {}))}; give the folder of '
+            'the data set with --data-root, or correct data_prefix and img_suffix.'
         )
 
 
@@ -179,7 +225,7 @@ def build_loops(runner: Runner, stages: Sequence[str]) -> None:
     for stage in stages:
         try:
             getattr(runner, f'{stage}_loop')
-        except (AssertionError, OSError, RuntimeError) as error:
+        except (AssertionError, OSError, RuntimeError, ValueError) as error:
             fail(f'the data set of {stage}_dataloader cannot be read: {error}')
 
 
@@ -244,11 +290,38 @@ def set_launcher(cfg: Config, args: argparse.Namespace) -> None:
         ),
     )
     cfg.model_wrapper_cfg.setdefault('device_ids', None)
+    replace_sync_bn(cfg)
     torch.distributed.init_process_group('gloo')
     print_log(
         'No accelerator was found: the processes run on the CPU and talk over gloo.',
         logger='current',
     )
+
+
+def replace_sync_bn(cfg: Config) -> None:
+    """Let a model run on several CPU processes, where PyTorch has no SyncBN.
+
+    On one process mmengine does this by itself.
+    """
+
+    def replace(node):
+        count = 0
+        if isinstance(node, dict):
+            if node.get('type') in ('SyncBN', 'MMSyncBN'):
+                node['type'] = 'BN'
+                count += 1
+            count += sum(replace(v) for v in node.values())
+        elif isinstance(node, list | tuple):
+            count += sum(replace(v) for v in node)
+        return count
+
+    if replace(cfg.model):
+        print_log(
+            'SyncBN needs GPUs: batch norms use the statistics of each process by '
+            'itself (BN) instead.',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -264,6 +337,20 @@ def build_runner(cfg: Config) -> Runner:
         if said is None:
             raise
         fail(f'the config cannot be used: {said}')
+
+
+def run(work: Callable[[], object]) -> object:
+    """Run a loop of the runner.
+
+    What this package refuses, such as data or a checkpoint to start from, ends it
+    with a sentence; anything else is a fault and keeps its traceback.
+    """
+    try:
+        return work()
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        if not _is_ours(error):
+            raise
+        fail(str(error))
 
 
 def _is_ours(error: BaseException) -> bool:

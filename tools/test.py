@@ -15,6 +15,7 @@ from common import (
     close_process_group,
     fail,
     load_config,
+    run,
     set_dataloader_defaults,
     set_launcher,
 )
@@ -190,7 +191,7 @@ def main() -> None:
     # The original mmengine cannot read its own checkpoints without this under PyTorch
     # 2.6 and later, and not every config carries the hook that does it.
     allow_runner_checkpoints()
-    metrics = runner.test()
+    metrics = run(runner.test)
     if stores_file and args.out_item == 'metrics' and runner.rank == 0:
         mmengine.dump(metrics, args.out)
     del runner

@@ -16,6 +16,7 @@ from common import (
     fail,
     has_accelerator,
     load_config,
+    run,
     set_dataloader_defaults,
     set_launcher,
 )
@@ -154,7 +155,7 @@ def main() -> None:
     # The original mmengine cannot read its own checkpoints without this under PyTorch
     # 2.6 and later, and not every config carries the hook that does it.
     allow_runner_checkpoints()
-    runner.train()
+    run(runner.train)
     del runner
     close_process_group()
 

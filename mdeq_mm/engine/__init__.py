@@ -1,3 +1,15 @@
-from .hooks import CheckpointGuardHook, EquilibriumMonitorHook, UnrollWarmupHook
+from .hooks import (
+    CheckpointGuardHook,
+    DataGuardHook,
+    EquilibriumMonitorHook,
+    UnrollWarmupHook,
+)
+from .metrics import MultiTaskMetric
 
-__all__ = ['CheckpointGuardHook', 'EquilibriumMonitorHook', 'UnrollWarmupHook']
+__all__ = [
+    'CheckpointGuardHook',
+    'DataGuardHook',
+    'EquilibriumMonitorHook',
+    'MultiTaskMetric',
+    'UnrollWarmupHook',
+]

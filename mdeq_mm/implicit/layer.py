@@ -34,6 +34,10 @@ class EquilibriumLayer(nn.Module):
         unroll_steps (int | None): If set, f is applied this many times in place
             of a solve, in training and evaluation, differentiated directly.
         trace (bool): Whether solutions hold the residual of each step.
+        observe (Callable | None): If set, called after each evaluation of f in
+            solves of the evaluation mode without gradients, as ``observe(rows,
+            maps, residual)``: indices of the samples that are still in the batch,
+            f at their iterates as maps (n, ...), and the residuals there (n,).
 
     Example:
         >>> layer = EquilibriumLayer(f, dict(type='AndersonSolver'),
@@ -56,6 +60,7 @@ class EquilibriumLayer(nn.Module):
         self.recompute = recompute
         self.unroll_steps = None
         self.trace = False
+        self.observe = None
         self.last_solution = None
         self._function = FunctionalModule(f)
 
@@ -115,18 +120,25 @@ class EquilibriumLayer(nn.Module):
         elif self.training:
             out, solution = self.gradient(equation, z, self.solver, self.trace)
         else:
-            out, solution = self._evaluate(equation, z)
+            out, solution = self._evaluate(equation, z, spec)
         self.last_solution = solution
         return spec.unpack(out)
 
-    def _evaluate(self, equation, z):
+    def _evaluate(self, equation, z, spec):
         """z*, with gradients where somebody wants them."""
         wanted = torch.is_grad_enabled() and any(
             t.requires_grad for t in equation.tensors
         )
         if not wanted:
+            observe = self.observe and (
+                lambda rows, fz, residual: self.observe(rows, spec.unpack(fz), residual)
+            )
             solution = self.eval_solver.solve(
-                equation, z, trace=self.trace, drop_finished=z.device.type == 'cpu'
+                equation,
+                z,
+                trace=self.trace,
+                drop_finished=z.device.type == 'cpu',
+                observe=observe,
             )
             return solution.value, solution
         gradient = ImplicitGradient() if self.gradient.iterates else self.gradient

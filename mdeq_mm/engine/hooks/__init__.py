@@ -1,5 +1,13 @@
 from .checkpoint_guard_hook import CheckpointGuardHook
+from .data_guard_hook import DataGuardHook
 from .equilibrium_monitor_hook import EquilibriumMonitorHook
+from .multi_task_visualization_hook import MultiTaskSegVisualizationHook
 from .unroll_warmup_hook import UnrollWarmupHook
 
-__all__ = ['CheckpointGuardHook', 'EquilibriumMonitorHook', 'UnrollWarmupHook']
+__all__ = [
+    'CheckpointGuardHook',
+    'DataGuardHook',
+    'EquilibriumMonitorHook',
+    'MultiTaskSegVisualizationHook',
+    'UnrollWarmupHook',
+]

@@ -113,7 +113,9 @@ class Solver:
         return residual_of(z, fz, self.norm)
 
     @torch.no_grad()
-    def solve(self, equation, start: Tensor, *, trace=False, drop_finished=False):
+    def solve(
+        self, equation, start: Tensor, *, trace=False, drop_finished=False, observe=None
+    ):
         """Find the fixed point of an equation.
 
         Args:
@@ -123,6 +125,10 @@ class Solver:
                 from zero.
             trace (bool): Whether to keep the residual of each evaluation.
             drop_finished (bool): Used where the solver itself does not say.
+            observe (Callable, optional): Called after each evaluation as
+                ``observe(rows, fz, residual)``: indices of the samples that are
+                still in the batch, f at their iterates (n, D), and the residuals
+                there (n,).
 
         Returns:
             Solution: Never raises because a sample did not converge, and never
@@ -143,6 +149,8 @@ class Solver:
                 line = z.new_full((len(start),), math.nan)
                 line[rows] = torch.where(progress.running, residual, math.nan)
                 residuals.append(line)
+            if observe is not None:
+                observe(rows, fz, residual)
             progress.update(z, residual)
             # The only synchronisation of a step.
             left = int(progress.running.sum())

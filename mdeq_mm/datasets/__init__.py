@@ -1,0 +1,3 @@
+from .multi_task import MultiTaskDataset
+
+__all__ = ['MultiTaskDataset']
