@@ -1,0 +1,67 @@
+# model settings: MDEQ-small for segmentation, 9.0 M parameters
+norm_cfg = dict(type='SyncBN', momentum=0.01, requires_grad=True)
+data_preprocessor = dict(
+    type='SegDataPreProcessor',
+    mean=[123.675, 116.28, 103.53],
+    std=[58.395, 57.12, 57.375],
+    bgr_to_rgb=True,
+    pad_val=0,
+    seg_pad_val=255,
+)
+# Weights of the 19 classes of Cityscapes by their frequency, those of HRNet.
+# fmt: off
+class_weight = [
+    0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023,
+    0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507,
+]
+# fmt: on
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=data_preprocessor,
+    backbone=dict(
+        type='MDEQ',
+        arch='small',
+        drop_rate=0.05,
+        # max_steps counts evaluations of f. The official limits 27/30 count
+        # Broyden's updates after the first evaluation: one less.
+        solver=dict(type='BroydenSolver', max_steps=28, tol=1e-3, norm='rel'),
+        gradient=dict(
+            type='ImplicitGradient',
+            solver=dict(type='BroydenSolver', max_steps=31, tol=1e-3),
+        ),
+        norm_cfg=norm_cfg,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='work_dirs/mdeq-small_4xb32-100e_in1k/epoch_100.pth',
+            prefix='backbone.',
+        ),
+    ),
+    decode_head=dict(
+        type='FCNHead',
+        in_channels=[32, 64, 128, 256],
+        in_index=(0, 1, 2, 3),
+        input_transform='resize_concat',
+        channels=sum([32, 64, 128, 256]),
+        kernel_size=1,
+        num_convs=1,
+        concat_input=False,
+        dropout_ratio=0,
+        num_classes=19,
+        norm_cfg=norm_cfg,
+        align_corners=True,
+        loss_decode=dict(
+            type='ClassWeightedCrossEntropy',
+            loss_weight=1.0,
+            class_weight=class_weight,
+        ),
+        # As in the official model, but for the bias of its last convolution, which is
+        # drawn like the weights there, and zero here.
+        init_cfg=[
+            dict(type='Normal', layer='Conv2d', std=0.01),
+            dict(type='Constant', layer='_BatchNorm', val=1, bias=0),
+        ],
+    ),
+    # model training and testing settings
+    train_cfg=dict(),
+    test_cfg=dict(mode='whole'),
+)
