@@ -10,19 +10,13 @@ DST becomes {train,test}/<class>/<class>_<number>.{jpg,png}, with 5,000 training
 DST.partial, and can simply be started again.
 """
 
-import argparse
 import codecs
 import io
-import lzma
 import os
 import os.path as osp
 import pickle
 import re
-import shutil
 import sys
-import tarfile
-import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import ClassVar
@@ -30,6 +24,12 @@ from typing import ClassVar
 import cv2
 import numpy as np
 from rich.progress import track
+
+# For those who import this file from elsewhere.
+sys.path.append(osp.dirname(osp.abspath(__file__)))
+
+import archives
+from archives import ConversionError
 
 CLASSES = (
     'airplane',
@@ -46,14 +46,13 @@ CLASSES = (
 # Images of each class.
 COUNTS = {'train': 5000, 'test': 1000}
 
-JPEG = re.compile(rf'(train|test)/({"|".join(CLASSES)})/(\w+)\.jpe?g')
-BATCH = re.compile(r'cifar-10-batches-py/(data_batch_[1-5]|test_batch)')
+# A file of the one archive, and of the other.
+MEMBER = re.compile(
+    rf'(?P<split>train|test)/(?P<name>{"|".join(CLASSES)})/(?P<stem>\w+)\.jpe?g'
+    r'|cifar-10-batches-py/(?P<batch>data_batch_[1-5]|test_batch)'
+)
 # What the official archive holds beside its batches.
 IGNORED = re.compile(r'cifar-10-batches-py/(batches\.meta|readme\.html)')
-
-
-class ConversionError(Exception):
-    """Says why the archive cannot be converted, and what to do."""
 
 
 class BatchUnpickler(pickle.Unpickler):
@@ -115,27 +114,16 @@ def read_batch(batch, data) -> Iterator[tuple[str, str, bytes]]:
 
 
 def read_archive(src: str) -> Iterator[tuple[str, str, bytes]]:
-    """Yield (split, file name, bytes) of all images of either archive.
-
-    Nothing is extracted to the names that the archive gives, so that no member can
-    be written outside of the destination.
-    """
-    with tarfile.open(src) as archive:
-        for member in archive:
-            name = osp.normpath(member.name)
-            if member.isdir() or IGNORED.fullmatch(name):
-                continue
-            jpeg, batch = JPEG.fullmatch(name), BATCH.fullmatch(name)
-            if not member.isreg() or not (jpeg or batch):
-                raise ConversionError(
-                    f'{src} holds {member.name!r}, which neither CIFAR-10 archive '
-                    'does: give cifar10_jpeg.tar.xz or cifar-10-python.tar.gz.'
-                )
-            data = archive.extractfile(member).read()
-            if jpeg:
-                yield from read_jpegs(*jpeg.groups(), data)
-            else:
-                yield from read_batch(batch[1], data)
+    """Yield (split, file name, bytes) of all images of either archive."""
+    foreign = (
+        'neither CIFAR-10 archive does: give cifar10_jpeg.tar.xz or '
+        'cifar-10-python.tar.gz.'
+    )
+    for member, data in archives.read_members(src, MEMBER, foreign, IGNORED):
+        if member['batch']:
+            yield from read_batch(member['batch'], data)
+        else:
+            yield from read_jpegs(member['split'], member['name'], member['stem'], data)
 
 
 def count(folder: str) -> Counter:
@@ -162,90 +150,24 @@ def wrong_counts(folder: str) -> list[str]:
 
 
 def convert(src: str, dst: str, force: bool = False) -> bool:
-    """Convert an archive.
+    """Convert an archive; see :func:`archives.convert`."""
 
-    Args:
-        src (str): The archive.
-        dst (str): The folder to be made.
-        force (bool): Replace ``dst`` where it exists. Defaults to False.
-
-    Returns:
-        bool: False where ``dst`` was complete and nothing was done.
-
-    Raises:
-        ConversionError: If the archive is not CIFAR-10, or ``dst`` is in the way.
-            ``dst`` is then as it was.
-    """
-    if osp.lexists(dst) and not force:
-        if not osp.isdir(dst):
-            raise ConversionError(f'{dst} is in the way: it is not a folder.')
-        if os.listdir(dst):
-            wrong = wrong_counts(dst)
-            if not wrong:
-                return False
-            raise ConversionError(
-                f'{dst} exists and is not complete ({wrong[0]}): name another folder, '
-                'or replace it with --force.'
-            )
-    if not osp.isfile(src):
-        raise ConversionError(f'the archive {src} does not exist.')
-
-    dst = osp.abspath(dst)
-    partial = f'{dst}.partial'
-    shutil.rmtree(partial, ignore_errors=True)
-    for split in COUNTS:
-        for name in CLASSES:
-            os.makedirs(osp.join(partial, split, name))
-    total = len(CLASSES) * sum(COUNTS.values())
-    try:
-        for split, name, data in track(read_archive(src), osp.basename(dst), total):
-            with open(osp.join(partial, split, name), 'xb') as file:
+    def write(folder):
+        for split in COUNTS:
+            for name in CLASSES:
+                os.makedirs(osp.join(folder, split, name))
+        total = len(CLASSES) * sum(COUNTS.values())
+        title = osp.basename(osp.abspath(dst))
+        for split, name, data in track(read_archive(src), title, total):
+            with open(osp.join(folder, split, name), 'xb') as file:
                 file.write(data)
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise ConversionError(
-            f'{src} could not be unpacked ({error}): get the archive again, or make '
-            'room on the disk.'
-        ) from error
-    wrong = wrong_counts(partial)
-    if wrong:
-        raise ConversionError(
-            f'{src} is not complete: {wrong[0]} ({len(wrong)} such classes).'
-        )
-    replace(partial, dst)
-    return True
 
-
-def replace(new: str, dst: str) -> None:
-    """Put a folder in the place of another, which is removed only after that."""
-    aside = tempfile.mkdtemp(prefix=f'{osp.basename(dst)}.old-', dir=osp.dirname(dst))
-    old = osp.join(aside, osp.basename(dst))
-    if osp.lexists(dst):
-        os.rename(dst, old)
-    try:
-        os.rename(new, dst)
-    except OSError:
-        if osp.lexists(old):
-            os.rename(old, dst)
-        raise
-    shutil.rmtree(aside)
+    return archives.convert(src, dst, force, write, wrong_counts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('src', metavar='SRC', help='the archive')
-    parser.add_argument(
-        'dst', metavar='DST', nargs='?', default='data/cifar10', help='%(default)s'
-    )
-    parser.add_argument('--force', action='store_true', help='replace DST if it exists')
-    args = parser.parse_args()
-    try:
-        converted = convert(args.src, args.dst, args.force)
-    except (ConversionError, OSError) as error:
-        sys.exit(f'{parser.prog}: error: {error}')
-    state = 'is complete' if converted else 'was complete already, nothing was done'
-    print(f'{args.dst} {state}: 50,000 training and 10,000 test images.')
+    contents = '50,000 training and 10,000 test images'
+    archives.run(__doc__, 'data/cifar10', convert, contents)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,25 @@
+# MDEQ-small from scratch, 9.0 M parameters, in place of the pre-training on
+# ImageNet that the same model has on Cityscapes.
+_base_ = [
+    '../_base_/models/fcn_mdeq_small.py',
+    '../_base_/datasets/camvid_360x480.py',
+    '../_base_/schedules/camvid_20k.py',
+    '../_base_/default_runtime_seg.py',
+]
+
+model = dict(
+    data_preprocessor=dict(size=(360, 480)),
+    backbone=dict(init_cfg=None),
+    decode_head=dict(
+        num_classes=11,
+        loss_decode=dict(_delete_=True, type='CrossEntropyLoss', avg_non_ignore=True),
+    ),
+)
+
+# Training starts with 3 unrolled steps of f: at random initialisation the
+# equilibrium is not found, and its implicit gradient means nothing.
+default_hooks = dict(
+    checkpoint=dict(interval=2000, max_keep_ckpts=2, save_best='mIoU'),
+    warmup=dict(type='UnrollWarmupHook', unroll_steps=3, end=10000, by_epoch=False),
+    monitor=dict(type='EquilibriumMonitorHook'),
+)

@@ -1,0 +1,40 @@
+# A small MDEQ from scratch, 4.2 M parameters, for a short budget on a CPU: half of
+# the iterations unrolled, half at the equilibrium. It shows that training works, not
+# how well it ends. Another length takes these values on the command line:
+#   --cfg-options train_cfg.max_iters=1400 train_cfg.val_interval=350
+#   param_scheduler.1.T_max=1300 param_scheduler.1.end=1400
+#   default_hooks.checkpoint.interval=350 default_hooks.warmup.end=700
+_base_ = [
+    '../_base_/models/fcn_mdeq_small.py',
+    '../_base_/datasets/camvid_180x240.py',
+    '../_base_/schedules/camvid_short.py',
+    '../_base_/default_runtime_seg.py',
+]
+
+model = dict(
+    data_preprocessor=dict(size=(160, 224)),
+    backbone=dict(
+        arch=dict(_delete_=True, channels=(24, 48, 96, 192), num_groups=8, expansion=4),
+        drop_rate=0.05,
+        solver=dict(
+            _delete_=True, type='AndersonSolver', max_steps=8, tol=1e-2, memory=5
+        ),
+        eval_solver=dict(type='AndersonSolver', max_steps=20, tol=1e-3, memory=5),
+        gradient=dict(_delete_=True, type='PhantomGradient', steps=3),
+        init_cfg=None,
+    ),
+    decode_head=dict(
+        in_channels=(24, 48, 96, 192),
+        channels=360,
+        num_classes=11,
+        loss_decode=dict(_delete_=True, type='CrossEntropyLoss', avg_non_ignore=True),
+    ),
+)
+
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(interval=700, max_keep_ckpts=2, save_best='mIoU'),
+    warmup=dict(type='UnrollWarmupHook', unroll_steps=4, end=1400, by_epoch=False),
+    monitor=dict(type='EquilibriumMonitorHook', interval=20),
+)
+randomness = dict(seed=0)
