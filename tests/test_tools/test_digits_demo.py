@@ -1,4 +1,4 @@
-"""The main job, shortened: the data, three epochs of each model, the report."""
+"""The main job, shortened: the data, three epochs of each model, the reports."""
 
 import json
 import subprocess
@@ -60,26 +60,39 @@ def test_the_split_is_the_same_everywhere(digits_folder):
 FIRST_TEST_ZEROS = [10, 78, 101, 166, 202]
 
 
-def test_demo_trains_and_reports_all_three(digits_folder, tmp_path):
+def test_demo_trains_and_reports_everything(digits_folder, tmp_path):
+    scenes = tmp_path / 'data' / 'digit_scenes'
     command = [
-        sys.executable,
-        'tools/demo/digits_demo.py',
-        '--work-dir',
-        str(tmp_path),
-        '--data-root',
-        str(digits_folder),
-        '--cfg-options',
-        'train_cfg.max_epochs=3',
-        'train_cfg.val_interval=1',
-        'param_scheduler.0.end=1',
-    ]
+        sys.executable, 'tools/demo/digits_demo.py',
+        '--work-dir', tmp_path, '--data-root', digits_folder,
+        '--scenes-root', scenes, '--num-scenes', '48', '12',
+        '--cfg-options', 'train_cfg.max_epochs=3', 'train_cfg.val_interval=1',
+        'param_scheduler.0.end=1', 'default_hooks.logger.interval=3',
+    ]  # fmt: skip
+    command = [str(c) for c in command]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     # Progress is visible where there is no terminal, too.
     assert done.stdout.count('epoch 3: test accuracy') == 3
-    assert 'Training unrolled, 4 evaluations of f, until epoch 10.' in done.stdout
+    assert done.stdout.count('epoch 3: test mIoU') == 2
+    for end in (10, 8):
+        unrolled = f'Training unrolled, 4 evaluations of f, until epoch {end}.'
+        assert unrolled in done.stdout
+    assert '60 scenes of digits' in done.stdout
     results = json.loads((tmp_path / 'results.json').read_text())
-    assert list(results) == ['MDEQ', 'ResNet', 'HRNet']
+    assert {task: list(models) for task, models in results.items()} == dict(
+        digits=['MDEQ', 'ResNet', 'HRNet'], scenes=['MDEQ', 'HRNet']
+    )
+    check_digits(results['digits'], done.stdout)
+    check_scenes(results['scenes'], done.stdout)
+    text = (tmp_path / 'results.md').read_text()
+    assert text.count('| MDEQ |') == 2
+    for name in ('curves.png', 'predictions.png', 'segmentation.png'):
+        picture = matplotlib.image.imread(tmp_path / name)
+        assert picture.std() > 0.05
+
+
+def check_digits(results, shown):
     mdeq, resnet, hrnet = results.values()
     assert mdeq['parameters'] == 110_478 <= 120_000
     for peer in (resnet, hrnet):
@@ -90,19 +103,42 @@ def test_demo_trains_and_reports_all_three(digits_folder, tmp_path):
     # Guessing is right in 10 % of the cases.
     assert all(r['test accuracy, %'] > 30 for r in results.values())
     assert 2 < mdeq['evaluations of f, mean'] <= 30
-    assert 'MDEQ' in (tmp_path / 'results.md').read_text()
-    for name in ('curves.png', 'predictions.png'):
-        picture = matplotlib.image.imread(tmp_path / name)
-        assert picture.std() > 0.05
     # The accuracy in the table is the one that the training ended with.
-    last = done.stdout.split('ResNet: ')[1].split('epoch 3: test accuracy ')[1]
+    last = shown.split('ResNet: ')[1].split('epoch 3: test accuracy ')[1]
     assert resnet['test accuracy, %'] == pytest.approx(float(last.split()[0]), abs=0.06)
+
+
+def check_scenes(results, shown):
+    mdeq, hrnet = results.values()
+    assert mdeq['parameters'] <= 200_000
+    assert hrnet['parameters'] == pytest.approx(mdeq['parameters'], rel=0.15)
+    assert 2 < mdeq['evaluations of f, mean'] <= 30
+    assert hrnet['evaluations of f, mean'] is None
+    assert hrnet['training time / HRNet'] == 1
+    for result in results.values():
+        assert 0 < result['mIoU, %'] < result['pixel accuracy, %'] <= 100
+    # The mIoU in the table is the one that the training ended with.
+    last = shown.split('HRNet: ')[-1].split('epoch 3: test mIoU ')[1]
+    assert hrnet['mIoU, %'] == pytest.approx(float(last.split()[0]), abs=0.06)
+
+
+def test_the_mean_iou_of_known_maps():
+    """Class 0 shares 3 of 5 pixels, class 1 1 of 3; class 2 is nowhere."""
+    sys.path.insert(0, str(ROOT / 'tools' / 'demo'))
+    try:
+        report = load_tool('tools/demo/scenes_report.py')
+    finally:
+        sys.path.pop(0)
+    truth = torch.tensor([[0, 0, 0], [1, 1, 0]], dtype=torch.uint8)
+    guess = torch.tensor([[0, 0, 1], [1, 0, 0]])
+    assert report.mean_iou([guess], [truth], 3) == pytest.approx((3 / 5 + 1 / 3) / 2)
 
 
 def test_demo_ends_with_the_log_where_a_training_fails(digits_folder, tmp_path):
     command = [sys.executable, 'tools/demo/digits_demo.py', '--work-dir', str(tmp_path)]
-    command += ['--data-root', str(digits_folder), '--cfg-options']
-    command += ['model.backbone.solver.tol=-1']
+    command += ['--data-root', str(digits_folder)]
+    command += ['--scenes-root', str(tmp_path / 'scenes'), '--num-scenes', '1', '1']
+    command += ['--cfg-options', 'model.backbone.solver.tol=-1']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert 'tol=-1' in done.stdout

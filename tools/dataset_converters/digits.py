@@ -11,11 +11,49 @@ import argparse
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from rich.progress import track
+
+
+def split_digits():
+    """The digits, and which of them are for what.
+
+    Returns:
+        tuple[Bunch, dict[str, np.ndarray]]: What scikit-learn loads, and the
+        numbers of the digits of ``'train'`` and ``'test'``.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    numbers = np.arange(len(digits.images))
+    train, test = train_test_split(
+        numbers, test_size=1 / 3, random_state=0, stratify=digits.target
+    )
+    return digits, dict(train=train, test=test)
+
+
+@contextmanager
+def whole_folder(root):
+    """A folder to write to, beside its place, which is renamed when all is written.
+
+    Args:
+        root (Path): Where the folder is to be.
+
+    Yields:
+        Path: Where to write.
+    """
+    partial = root.with_name(f'{root.name}.partial-{os.getpid()}')
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_digits(root):
@@ -32,11 +70,8 @@ def write_digits(root):
     Raises:
         FileExistsError: If the folder exists and holds something else.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
     root = Path(root)
-    digits = load_digits()
+    digits, parts = split_digits()
     if root.exists():
         found = len(list(root.glob('*/*/*.png')))
         if found == len(digits.images):
@@ -45,21 +80,13 @@ def write_digits(root):
             f'{root} exists with {found} images of {len(digits.images)}: move it away, '
             'or name another folder'
         )
-    numbers = np.arange(len(digits.images))
-    train, test = train_test_split(
-        numbers, test_size=1 / 3, random_state=0, stratify=digits.target
-    )
-    split = dict.fromkeys(train, 'train') | dict.fromkeys(test, 'test')
-    partial = root.with_name(f'{root.name}.partial-{os.getpid()}')
-    try:
-        for number in track(numbers, description='Writing digits'):
+    split = {number: name for name, part in parts.items() for number in part}
+    with whole_folder(root) as partial:
+        for number in track(sorted(split), description='Writing digits'):
             folder = partial / split[number] / str(digits.target[number])
             folder.mkdir(parents=True, exist_ok=True)
             grey = (digits.images[number] * 255 / 16).round().astype(np.uint8)
             Image.fromarray(grey).save(folder / f'{number:04d}.png')
-        partial.rename(root)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return True
 
 

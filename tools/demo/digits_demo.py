@@ -1,176 +1,137 @@
-"""Train an MDEQ, a ResNet and an HRNet on handwritten digits and compare them.
+"""Train MDEQs and their peers on handwritten digits and compare them.
 
-Writes the digits of scikit-learn to a folder, trains the three models through
-tools/train.py with one schedule, and reports parameters, test accuracy, training
-time, memory kept for the backward pass and evaluations of f, as a table and as
-pictures. Trainings that were finished or interrupted before are taken up again.
+Writes the digits of scikit-learn to a folder, and scenes composed of them to another;
+trains an MDEQ, a ResNet and an HRNet to classify the digits, and an MDEQ and an HRNet
+to segment the scenes, each task with one schedule, through tools/train.py; reports
+accuracy, time, memory and evaluations of f as tables and as pictures. Trainings that
+were finished or interrupted before are taken up again.
 """
 
 import argparse
 import json
-import re
-import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-REPO = Path(__file__).resolve().parents[2]
-MODELS = dict(MDEQ='mdeq', ResNet='resnet', HRNet='hrnet')
-TRAIN_LINE = re.compile(r'Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*loss: ')
-TEST_LINE = re.compile(r'Epoch\(val\) \[(\d+)\].*accuracy/top1: ([\d.]+)')
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'dataset_converters'))
 
-sys.path.insert(0, str(REPO / 'tools' / 'dataset_converters'))
+from digit_scenes import COUNTS, write_scenes
+from digits import write_digits
+from training import REPO, Metric, Training
+
 # OneDL's mmcv comes without compiled operators and says so; no model uses them.
 warnings.filterwarnings('ignore', 'Fail to import ``MultiScaleDeformableAttention``')
 
-
-def config_of(name):
-    return REPO / 'configs' / 'demo' / f'{name}_1xb64-30e_digits.py'
-
-
-def train(console, label, name, work_dir, data_root, options):
-    """Train one model in a process of its own, showing its progress.
-
-    Raises:
-        SystemExit: If the training fails, after its last lines were printed.
-    """
-    command = [
-        sys.executable,
-        str(REPO / 'tools' / 'train.py'),
-        str(config_of(name)),
-        '--work-dir',
-        str(work_dir),
-        '--data-root',
-        str(data_root),
-        '--resume',
-        *options,
-    ]
-    work_dir.mkdir(parents=True, exist_ok=True)
-    log = work_dir / 'console.log'
-    config = config_of(name).relative_to(REPO)
-    console.print(f'[bold]{label}[/]: {config}, log in {log}')
-    columns = (
-        TextColumn('  {task.description}'),
-        BarColumn(),
-        TextColumn('{task.percentage:>3.0f} %'),
-        TimeElapsedColumn(),
-        TextColumn('{task.fields[note]}'),
-    )
-    show_lines = not console.is_terminal
-    note = ''
-    with (
-        Progress(*columns, console=console, disable=show_lines) as progress,
-        log.open('w') as file,
-    ):
-        bar = progress.add_task('starting', total=None, note=note)
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        lines = []
-        for line in process.stdout:
-            file.write(line)
-            lines = [*lines[-29:], line]
-            seen = TRAIN_LINE.search(line)
-            if seen:
-                epoch, step, steps = (int(s) for s in seen.groups())
-                progress.update(
-                    bar,
-                    description=f'epoch {epoch:2d}',
-                    completed=(epoch - 1) * steps + step,
-                    total=steps * _epochs(name, options),
-                )
-            seen = TEST_LINE.search(line)
-            if seen:
-                note = f'test accuracy {float(seen[2]):.1f} %'
-                if show_lines:
-                    console.print(f'  epoch {seen[1]}: {note}')
-            elif 'Training unrolled' in line or 'Training at the equil' in line:
-                note = line.split(' - ')[-1].strip()
-                if show_lines:
-                    console.print(f'  {note}')
-            progress.update(bar, note=note)
-    if process.wait():
-        console.print(''.join(lines), highlight=False, markup=False)
-        sys.exit(f'{label}: the training failed, see {log}')
+ACCURACY = Metric('accuracy/top1', 'test accuracy')
+MIOU = Metric('mIoU', 'test mIoU')
+TITLES = dict(
+    digits='Classification of digits', scenes='Segmentation of scenes of digits'
+)
 
 
-def _epochs(name, options):
-    from mmengine.config import Config
-
-    given = [o for o in options if o.startswith('train_cfg.max_epochs=')]
-    if given:
-        return int(given[-1].split('=')[1])
-    return Config.fromfile(config_of(name)).train_cfg.max_epochs
-
-
-def read_scalars(work_dir):
-    """What the runs in a work dir logged, a later run winning over an earlier one.
+def trainings(args):
+    """What is trained.
 
     Returns:
-        tuple[float, list]: Seconds in training iterations; pairs of epoch and
-        test accuracy in percent.
+        dict[str, list[Training]]: For digits and for scenes.
     """
-    times, accuracy = {}, {}
-    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            if 'loss' in entry:
-                times[entry['step']] = entry['time']
-            elif 'accuracy/top1' in entry:
-                accuracy[entry['step']] = entry['accuracy/top1']
-    before, seconds = 0, 0.0
-    for step in sorted(times):
-        seconds += times[step] * (step - before)
-        before = step
-    return seconds, sorted(accuracy.items())
+
+    def training(label, config, data_root, metric, prefix=''):
+        folder = args.work_dir / f'{prefix}{label.lower()}'
+        config = REPO / 'configs' / 'demo' / f'{label.lower()}_{config}.py'
+        return Training(label, config, folder, data_root, metric)
+
+    return dict(
+        digits=[
+            training(label, '1xb64-30e_digits', args.data_root, ACCURACY)
+            for label in ('MDEQ', 'ResNet', 'HRNet')
+        ],
+        scenes=[
+            training(
+                label, '1xb16-12e_digit-scenes-64x64', args.scenes_root, MIOU, 'scenes_'
+            )
+            for label in ('MDEQ', 'HRNet')
+        ],
+    )
 
 
-def main(argv=None):
+def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.split('\n\n')[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument('--work-dir', default='work_dirs/demo', type=Path)
     parser.add_argument('--data-root', default='data/digits', type=Path)
+    parser.add_argument('--scenes-root', default='data/digit_scenes', type=Path)
+    parser.add_argument(
+        '--num-scenes',
+        nargs=2,
+        type=int,
+        metavar=('TRAIN', 'TEST'),
+        default=list(COUNTS.values()),
+        help='scenes to compose',
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         default=[],
         help='passed on to tools/train.py, for shorter trainings',
     )
-    args = parser.parse_args(argv)
-    console = Console(soft_wrap=True)
-    begin = time.monotonic()
+    return parser.parse_args(argv)
 
-    from digits import write_digits
 
+def write_data(console, args):
+    """Write what is not there yet, and say what there is."""
+    counts = dict(zip(COUNTS, args.num_scenes, strict=True))
     try:
-        written = write_digits(args.data_root)
+        digits = write_digits(args.data_root)
+        scenes = write_scenes(args.scenes_root, counts)
     except FileExistsError as error:
         sys.exit(str(error))
-    state = 'written' if written else 'already there'
-    console.print(f'1,797 handwritten digits in {args.data_root} ({state})')
-    options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
-    runs = {}
-    for label, name in MODELS.items():
-        work_dir = args.work_dir / name
-        train(console, label, name, work_dir, args.data_root, options)
-        runs[label] = work_dir
+    for content, root, written in (
+        ('1,797 handwritten digits', args.data_root, digits),
+        (f'{sum(counts.values()):,} scenes of digits', args.scenes_root, scenes),
+    ):
+        state = 'written' if written else 'already there'
+        console.print(f'{content} in {root} ({state})')
 
-    from digits_report import report
 
-    with console.status('evaluating the three models'):
-        table = report(
-            {k: (config_of(MODELS[k]), d, *read_scalars(d)) for k, d in runs.items()},
-            args.data_root,
-            args.work_dir,
+def write_results(tables, out_dir):
+    """Write tables as Markdown and as numbers."""
+    content = {name: table.figures() for name, table in tables.items()}
+    (out_dir / 'results.json').write_text(json.dumps(content, indent=2) + '\n')
+    text = '\n'.join(table.markdown() for table in tables.values())
+    (out_dir / 'results.md').write_text(text)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    console = Console(soft_wrap=True)
+    begin = time.monotonic()
+    write_data(console, args)
+    tasks = trainings(args)
+    for task, models in tasks.items():
+        console.print(f'\n{TITLES[task]}')
+        for model in models:
+            model.run(console, args.cfg_options)
+
+    import digits_report
+    import scenes_report
+
+    with console.status('evaluating the models'):
+        tables = dict(
+            digits=digits_report.report(tasks['digits'], args.work_dir),
+            scenes=scenes_report.report(tasks['scenes'], args.work_dir),
         )
-    console.print(table)
-    for name in ('results.md', 'results.json', 'curves.png', 'predictions.png'):
+        write_results(tables, args.work_dir)
+    for table in tables.values():
+        console.print()
+        console.print(table.rich())
+    pictures = ('curves.png', 'predictions.png', 'segmentation.png')
+    for name in ('results.md', 'results.json', *pictures):
         console.print(f'{args.work_dir / name}', highlight=False)
     console.print(f'{time.monotonic() - begin:.0f} s in all')
 

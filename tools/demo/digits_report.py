@@ -1,30 +1,21 @@
-"""Tables and pictures of the digits demo."""
-
-import contextlib
-import io
-import json
-import logging
+"""Results and pictures of the classification of digits."""
 
 import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import torch
+from evaluation import Trained
 from matplotlib.ticker import MaxNLocator
-from mmengine.config import Config
-from mmengine.runner import Runner, find_latest_checkpoint
-from rich.table import Table
+from tables import Results
 
-from mdeq_mm.utils.checkpoint import allow_runner_checkpoints
-from mdeq_mm.utils.saved_bytes import saved_bytes_per_image
-
-COLUMNS = (
-    ('parameters', '{:,.0f}'),
-    ('test accuracy, %', '{:.2f}'),
-    ('training time / ResNet', '{:.2f}'),
-    ('kept for backward, kB an image', '{:.0f}'),
-    ('evaluations of f, mean', '{:.1f}'),
-)
+COLUMNS = {
+    'parameters': '{:,.0f}',
+    'test accuracy, %': '{:.2f}',
+    'training time / ResNet': '{:.2f}',
+    'kept for backward, kB an image': '{:.0f}',
+    'evaluations of f, mean': '{:.1f}',
+}
 
 NOTE = (
     'The MDEQ evaluates f once more in the backward pass instead of keeping what it '
@@ -32,86 +23,62 @@ NOTE = (
 )
 
 
-def report(runs, data_root, out_dir):
-    """Evaluate trained models and write table and pictures.
+def report(trainings, out_dir):
+    """Evaluate trained classifiers and draw pictures.
 
     Args:
-        runs (dict): Label to (config file, work dir, training seconds, curve of
-            (epoch, accuracy) pairs). One label is ``'ResNet'``.
-        data_root (Path): Folder of the digits.
-        out_dir (Path): Where ``results.md``, ``results.json``, ``curves.png`` and
-            ``predictions.png`` go.
+        trainings (list[Training]): What was trained, an MDEQ and a ``'ResNet'`` among
+            them.
+        out_dir (Path): Where ``curves.png`` and ``predictions.png`` go.
 
     Returns:
-        rich.table.Table: The results.
+        Results: The figures.
     """
-    allow_runner_checkpoints()
+    logged = {t.label: t.read() for t in trainings}
     rows, residuals, samples = {}, None, None
-    for label, (config, work_dir, seconds, _) in runs.items():
-        result = evaluate(config, work_dir, data_root)
-        rows[label] = [
+    for training in trainings:
+        result = evaluate(training)
+        rows[training.label] = [
             result['parameters'],
             result['accuracy'],
-            seconds / runs['ResNet'][2],
+            logged[training.label][0] / logged['ResNet'][0],
             result['kept'] / 1e3,
             result['evaluations'],
         ]
         if result['trace'] is not None:
             residuals, samples = result['trace'], result['samples']
-    out_dir.mkdir(parents=True, exist_ok=True)
-    _write_tables(rows, out_dir)
-    _draw_curves({k: r[3] for k, r in runs.items()}, residuals, out_dir / 'curves.png')
+    curves = {label: curve for label, (_, curve) in logged.items()}
+    _draw_curves(curves, residuals, out_dir / 'curves.png')
     _draw_predictions(samples, out_dir / 'predictions.png')
-    return _rich_table(rows)
+    title = 'Handwritten digits, 32x32 pixels, 30 epochs'
+    return Results(title, COLUMNS, rows, NOTE)
 
 
-def evaluate(config, work_dir, data_root):
-    """Figures of one trained model on the test set.
+def evaluate(training):
+    """Figures of one trained classifier on the test set.
 
     Returns:
         dict: ``parameters``, ``accuracy`` in percent, bytes ``kept`` an image;
-        for an MDEQ mean ``evaluations``, the ``trace`` of residuals (steps, N)
-        and ``samples`` (image, label, prediction, confidence), else None.
+        for an MDEQ mean ``evaluations``, the ``trace`` of residuals (steps, N),
+        else None; ``samples`` (image, label, prediction, confidence).
     """
-    cfg = Config.fromfile(config)
-    cfg.work_dir = str(work_dir / 'evaluation')
-    cfg.test_dataloader.dataset.data_root = str(data_root)
-    cfg.load_from = find_latest_checkpoint(str(work_dir))
-    cfg.log_level = logging.ERROR
-    # mmengine prints where it loads from whatever the log level is.
-    with contextlib.redirect_stdout(io.StringIO()):
-        runner = Runner.from_cfg(cfg)
-        runner.load_or_resume()
-        loader = runner.test_dataloader
-    model = runner.model
-    device = next(model.parameters()).device
-
-    model.eval()
-    layer = getattr(model.backbone, 'equilibrium', None)
+    trained = Trained(training)
+    layer = trained.layer
     if layer is not None:
         layer.trace = True
     steps, traces, samples = [], [], []
-    for batch in loader:
-        images = batch['inputs']
-        with torch.no_grad():
-            predictions = model.test_step(batch)
-        for image, p in zip(images, predictions, strict=True):
+    for batch, predictions in trained.predict():
+        for image, p in zip(batch['inputs'], predictions, strict=True):
             score, label = p.pred_score.max(0)
             samples.append((image[0], int(p.gt_label), int(label), float(score)))
         if layer is not None:
             steps.append(layer.last_solution.steps)
             traces.append(layer.last_solution.trace)
-    size = (cfg.model.backbone.in_channels, 32, 32)
-    # Last, because batch norms take in what passes through them in training.
-    model.train()
-    kept = saved_bytes_per_image(
-        lambda n: model(torch.rand(n, *size, device=device), mode='tensor')
-    )
     correct = sum(truth == guess for _, truth, guess, _ in samples)
     return dict(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=trained.parameters,
         accuracy=100 * correct / len(samples),
-        kept=kept,
+        kept=trained.kept_bytes(32),
         evaluations=float(torch.cat(steps).float().mean()) if steps else None,
         trace=_join(traces) if traces else None,
         samples=samples,
@@ -126,40 +93,6 @@ def _join(traces):
         for t in traces
     ]
     return torch.cat(padded, dim=1)
-
-
-def _cells(row):
-    return [
-        '–' if value is None else form.format(value)
-        for value, (_, form) in zip(row, COLUMNS, strict=True)
-    ]
-
-
-def _rich_table(rows):
-    table = Table(
-        title='Handwritten digits, 32x32 pixels, 30 epochs',
-        caption=NOTE,
-        title_style='',
-        caption_style='dim',
-    )
-    table.add_column('model')
-    for name, _ in COLUMNS:
-        table.add_column(name, justify='right')
-    for label, row in rows.items():
-        table.add_row(label, *_cells(row))
-    return table
-
-
-def _write_tables(rows, out_dir):
-    names = [name for name, _ in COLUMNS]
-    lines = [
-        f'| model | {" | ".join(names)} |',
-        f'| --- |{" ---: |" * len(names)}',
-        *(f'| {label} | {" | ".join(_cells(row))} |' for label, row in rows.items()),
-    ]
-    (out_dir / 'results.md').write_text('\n'.join(lines) + f'\n\n{NOTE}\n')
-    content = {k: dict(zip(names, row, strict=True)) for k, row in rows.items()}
-    (out_dir / 'results.json').write_text(json.dumps(content, indent=2) + '\n')
 
 
 def _draw_curves(curves, residuals, path):
