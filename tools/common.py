@@ -16,15 +16,18 @@ from typing import NoReturn
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
+from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import DATASETS, RUNNERS
 from mmengine.runner import Runner
 
 import mdeq_mm
+from mdeq_mm.models import MDEQ
 from mdeq_mm.tasks import SCOPES
 from mdeq_mm.utils.checkpoint import (
     check_finite,
+    check_no_more,
     check_state_dict,
     read_checkpoint,
     state_dict_of,
@@ -134,41 +137,49 @@ def merge_options(cfg: Config, options: dict | None) -> None:
 
 
 def iter_datasets(cfg: Config, fields: Sequence[str]) -> Iterator[tuple[str, dict]]:
-    """Yield (field, config) of each data set, those inside wrappers included."""
+    """Yield (path, config) of each data set, those inside wrappers included.
 
-    def descend(dataset):
+    The path is the one that --cfg-options takes, as in
+    ``train_dataloader.dataset.datasets.cls``.
+    """
+
+    def descend(path, dataset):
         if 'dataset' in dataset:
-            yield from descend(dataset['dataset'])
+            yield from descend(f'{path}.dataset', dataset['dataset'])
         elif 'datasets' in dataset:
             parts = dataset['datasets']
             if isinstance(parts, dict):
                 # MultiTaskDataset looks each up in the toolbox of its task.
                 for task, part in parts.items():
                     part.setdefault('_scope_', SCOPES.get(task))
-                parts = parts.values()
-            for part in parts:
-                yield from descend(part)
+            else:
+                parts = dict(enumerate(parts))
+            for key, part in parts.items():
+                yield from descend(f'{path}.datasets.{key}', part)
         else:
-            yield dataset
+            yield path, dataset
 
     for field in fields:
         loader = cfg.get(field)
         if loader is not None and 'dataset' in loader:
-            for dataset in descend(loader['dataset']):
-                yield field, dataset
+            yield from descend(f'{field}.dataset', loader['dataset'])
 
 
 def set_data_root(cfg: Config, data_root: str) -> None:
     """Point the training, validation and test sets to one folder."""
     fields = ('train_dataloader', 'val_dataloader', 'test_dataloader')
-    datasets = [dataset for _, dataset in iter_datasets(cfg, fields)]
-    roots = {osp.normpath(d['data_root']) for d in datasets if d.get('data_root')}
+    datasets = dict(iter_datasets(cfg, fields))
+    roots = {
+        osp.normpath(d['data_root']) for d in datasets.values() if d.get('data_root')
+    }
     if len(roots) > 1:
+        options = ' '.join(f'{path}.data_root=DIR' for path in datasets)
         fail(
             f'--data-root {data_root!r} is ambiguous: the config has several data '
-            f'roots ({", ".join(sorted(roots))}); override each with --cfg-options.'
+            f'roots ({", ".join(sorted(roots))}); leave it out and override each: '
+            f'--cfg-options {options}'
         )
-    for dataset in datasets:
+    for dataset in datasets.values():
         dataset['data_root'] = data_root
 
 
@@ -177,40 +188,41 @@ def check_data_roots(cfg: Config, fields: Sequence[str]) -> None:
 
     Remote folders, and data sets that download themselves, are left alone.
     """
-    for field, dataset in iter_datasets(cfg, fields):
+    for path, dataset in iter_datasets(cfg, fields):
         root = dataset.get('data_root')
-        if not root or is_remote(root):
+        if root and is_remote(root):
             continue
         cls = dataset['type']
         if isinstance(cls, str):
             scope = dataset.get('_scope_')
             with DATASETS.switch_scope_and_registry(scope) as registry:
                 cls = registry.get(cls)
-        if not osp.isdir(root):
+        if root and not osp.isdir(root):
             if cls is not None and 'download' in inspect.signature(cls).parameters:
                 continue
             fail(
-                f'{field}.dataset.data_root is {root!r}, which is not a folder; give '
-                'the folder of the data set with --data-root, or link it to that place.'
+                f'{path}.data_root is {root!r}, which is not a folder; give the folder '
+                f'of the data set with --data-root, or with --cfg-options '
+                f'{path}.data_root=DIR, or link it to that place.'
             )
-        check_has_images(field, dataset, cls)
+        check_has_images(path, dataset, cls)
 
 
-def check_has_images(field: str, dataset: dict, cls: type | None) -> None:
+def check_has_images(path: str, dataset: dict, cls: type | None) -> None:
     """Refuse a segmentation data set without images.
 
-    mmseg builds it without complaint, and the sampler of iteration-based training
-    then looks for a first sample without end.
+    mmengine fails to serialise it, without a word of why; where it is told not to,
+    the sampler of iteration-based training looks for a first sample without end.
     """
     if not hasattr(cls, 'get_label_map'):
         return
     try:
-        found = len(DATASETS.build(dict(dataset, pipeline=[])))
+        found = len(DATASETS.build(dict(dataset, pipeline=[], serialize_data=False)))
     except (AssertionError, OSError, ValueError) as error:
-        fail(f'the data set of {field} cannot be read: {error}')
+        fail(f'{path} cannot be read: {error}')
     if found == 0:
         fail(
-            f'{field}.dataset finds no images in {dataset["data_root"]!r} with '
+            f'{path} finds no images in {dataset.get("data_root")!r} with '
             f'data_prefix={dict(dataset.get("data_prefix", {}))}; give the folder of '
             'the data set with --data-root, or correct data_prefix and img_suffix.'
         )
@@ -225,7 +237,9 @@ def build_loops(runner: Runner, stages: Sequence[str]) -> None:
     for stage in stages:
         try:
             getattr(runner, f'{stage}_loop')
-        except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, TypeError) and _said_by_us(error) is None:
+                raise
             fail(f'the data set of {stage}_dataloader cannot be read: {error}')
 
 
@@ -290,18 +304,30 @@ def set_launcher(cfg: Config, args: argparse.Namespace) -> None:
         ),
     )
     cfg.model_wrapper_cfg.setdefault('device_ids', None)
-    replace_sync_bn(cfg)
     torch.distributed.init_process_group('gloo')
+    replaced = replace_sync_bn(cfg)
+    if not is_main_process():
+        return
     print_log(
         'No accelerator was found: the processes run on the CPU and talk over gloo.',
         logger='current',
     )
+    if replaced:
+        print_log(
+            'SyncBN needs GPUs: batch norms use the statistics of each process by '
+            'itself (BN) instead.',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
-def replace_sync_bn(cfg: Config) -> None:
+def replace_sync_bn(cfg: Config) -> int:
     """Let a model run on several CPU processes, where PyTorch has no SyncBN.
 
     On one process mmengine does this by itself.
+
+    Returns:
+        int: Number of settings that were replaced.
     """
 
     def replace(node):
@@ -315,13 +341,7 @@ def replace_sync_bn(cfg: Config) -> None:
             count += sum(replace(v) for v in node)
         return count
 
-    if replace(cfg.model):
-        print_log(
-            'SyncBN needs GPUs: batch norms use the statistics of each process by '
-            'itself (BN) instead.',
-            logger='current',
-            level=logging.WARNING,
-        )
+    return replace(cfg.model)
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -331,9 +351,7 @@ def build_runner(cfg: Config) -> Runner:
     except (TypeError, ValueError) as error:
         # mmengine's registries wrap what a class raises. What this package says
         # about a config is a sentence for its user; anything else is a fault.
-        said = error
-        while said is not None and not _is_ours(said):
-            said = said.__context__
+        said = _said_by_us(error)
         if said is None:
             raise
         fail(f'the config cannot be used: {said}')
@@ -351,6 +369,13 @@ def run(work: Callable[[], object]) -> object:
         if not _is_ours(error):
             raise
         fail(str(error))
+
+
+def _said_by_us(error: BaseException) -> BaseException | None:
+    """What this package raised among the causes of an exception."""
+    while error is not None and not _is_ours(error):
+        error = error.__context__
+    return error
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -378,14 +403,20 @@ def check_checkpoint_path(path: str) -> None:
         fail(f'the checkpoint {path!r} does not exist.')
 
 
-def check_checkpoint_sound(path: str) -> None:
-    """Refuse a checkpoint to start from that is damaged or not finite.
+def check_checkpoint_sound(runner: Runner, path: str) -> None:
+    """Refuse a checkpoint to start from that is damaged, not finite, or of another
+    backbone.
 
-    What it lacks is left to the model: fine-tuning replaces heads.
+    What else it lacks is left to the model: fine-tuning replaces heads.
     """
     try:
-        check_finite(state_dict_of(read_checkpoint(path)))
-    except (OSError, ValueError) as error:
+        state = state_dict_of(read_checkpoint(path))
+        check_finite(state)
+        for name, module in _bare_model(runner).named_modules():
+            if isinstance(module, MDEQ):
+                check_state_dict(module, state, f'{name}.')
+                check_no_more(module, state, f'{name}.')
+    except (OSError, RuntimeError, ValueError) as error:
         fail(f'the checkpoint {path!r} cannot be used: {error}')
 
 
@@ -395,10 +426,15 @@ def check_checkpoint_fits(runner: Runner, path: str) -> None:
     mmengine only logs what is missing or does not fit, and would go on with random
     weights.
     """
+    try:
+        check_state_dict(_bare_model(runner), state_dict_of(read_checkpoint(path)), '')
+    except (OSError, RuntimeError, ValueError) as error:
+        fail(f'the checkpoint {path!r} cannot be used with this config: {error}')
+
+
+def _bare_model(runner: Runner) -> torch.nn.Module:
+    """The model without what distributes it, or augments its images."""
     model = runner.model
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
-    try:
-        check_state_dict(model, state_dict_of(read_checkpoint(path)), '')
-    except (OSError, RuntimeError, ValueError) as error:
-        fail(f'the checkpoint {path!r} cannot be used with this config: {error}')
+    return model

@@ -108,7 +108,11 @@ def writes_label_images(args: argparse.Namespace, cfg: Config) -> bool:
 def set_label_image_dir(cfg: Config, out: str) -> None:
     """Let mmseg's metric write its predictions to a folder."""
     evaluators = cfg.test_evaluator
-    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+    evaluators = list(evaluators) if isinstance(evaluators, list) else [evaluators]
+    for evaluator in evaluators:
+        if str(evaluator['type']).endswith('MultiTaskMetric'):
+            seg = evaluator.get('seg', [])
+            evaluators += seg if isinstance(seg, list) else [seg]
         if evaluator['type'] in ('IoUMetric', 'mmseg.IoUMetric'):
             evaluator['output_dir'] = out
             return
@@ -147,6 +151,11 @@ def set_tta(cfg: Config) -> None:
             flips = [dict(type='RandomFlip', prob=p) for p in (0.0, 1.0)]
             both = dict(type='TestTimeAug', transforms=[flips, [packing]])
             cfg.tta_pipeline = [*loading, both]
+    if str(cfg.test_dataloader.dataset.type).endswith('MultiTaskDataset'):
+        fail(
+            '--tta augments the images of one task: evaluate the joint checkpoint '
+            'with the config of that task.'
+        )
     missing = [name for name in ('tta_model', 'tta_pipeline') if name not in cfg]
     if missing:
         fail(f'--tta needs {" and ".join(missing)} in the config.')

@@ -150,7 +150,7 @@ def main() -> None:
     if resumed is not None:
         check_checkpoint_fits(runner, resumed)
     elif cfg.get('load_from'):
-        check_checkpoint_sound(cfg.load_from)
+        check_checkpoint_sound(runner, cfg.load_from)
 
     # The original mmengine cannot read its own checkpoints without this under PyTorch
     # 2.6 and later, and not every config carries the hook that does it.

@@ -40,14 +40,22 @@ def predict_by_evaluation(model, batch):
         list[list[Snapshot]]: Of each image, in the order of the evaluations.
 
     Raises:
-        ValueError: If the backbone has no equilibrium.
+        ValueError: If the model is no segmentor, its backbone has no equilibrium, or
+            it is in training mode.
     """
+    if not hasattr(model, 'decode_head'):
+        raise ValueError(
+            f'{type(model).__name__} has no decode_head: give the config of a '
+            'segmentation model'
+        )
     layer = getattr(model.backbone, 'equilibrium', None)
     if layer is None:
         raise ValueError(
             f'backbone.type={type(model.backbone).__name__} has no solver to watch: '
             "give a config whose backbone is of type='MDEQ'"
         )
+    if layer.training:
+        raise ValueError('the model is in training mode: call model.eval() first')
     data = model.data_preprocessor(deepcopy(batch), False)
     images, samples = data['inputs'], data['data_samples']
     found = [[] for _ in samples]
@@ -71,4 +79,6 @@ def predict_by_evaluation(model, batch):
         model.backbone(images)
     finally:
         layer.observe = previous
-    return found
+    # On a GPU samples that are done stay in the batch.
+    steps = layer.last_solution.steps.tolist()
+    return [one[:count] for one, count in zip(found, steps, strict=True)]

@@ -10,7 +10,7 @@ from ..registry import MODELS
 from .checkpoint import check_state_dict, read_checkpoint, state_dict_of
 
 
-def load_model(cfg, checkpoint, device=None):
+def load_model(cfg, checkpoint=None, device=None):
     """Build the model of a config with the weights of a checkpoint.
 
     No code of the file is run, and a checkpoint that does not fill the model is an
@@ -18,7 +18,8 @@ def load_model(cfg, checkpoint, device=None):
 
     Args:
         cfg (Config): Of mmpretrain or mmseg.
-        checkpoint (str): File or URL.
+        checkpoint (str, optional): File or URL. Default: random weights, whatever
+            ``init_cfg`` says.
         device (str, optional): Default: an accelerator where there is one.
 
     Returns:
@@ -32,15 +33,16 @@ def load_model(cfg, checkpoint, device=None):
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model_cfg = deepcopy(cfg.model)
     if cfg.get('data_preprocessor') is not None:
-        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
-    content = read_checkpoint(checkpoint)
-    state = state_dict_of(content)
+        model_cfg.setdefault('data_preprocessor', deepcopy(cfg.data_preprocessor))
+    content = {} if checkpoint is None else read_checkpoint(str(checkpoint))
     model = MODELS.build(model_cfg)
-    try:
-        check_state_dict(model, state, '')
-    except (RuntimeError, ValueError) as error:
-        raise type(error)(f'{checkpoint}: {error}') from error
-    model.load_state_dict(state, strict=False)
+    if checkpoint is not None:
+        try:
+            state = state_dict_of(content)
+            check_state_dict(model, state, '')
+        except (RuntimeError, ValueError) as error:
+            raise type(error)(f'{checkpoint}: {error}') from error
+        model.load_state_dict(state, strict=False)
     model.dataset_meta = content.get('meta', {}).get('dataset_meta') or {}
     return model.to(device or get_device()).eval()
 
@@ -58,10 +60,11 @@ def load_image(cfg, path):
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     dataset = cfg.test_dataloader.dataset
     while 'pipeline' not in dataset:
-        dataset = dataset.dataset
-    steps = [
-        step
-        for step in dataset.pipeline
-        if not str(step['type']).endswith('LoadAnnotations')
-    ]
+        dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
+    steps = [step for step in dataset.pipeline if not _is_annotations(step['type'])]
     return pseudo_collate([Compose(deepcopy(steps))(dict(img_path=str(path)))])
+
+
+def _is_annotations(kind):
+    name = kind if isinstance(kind, str) else kind.__name__
+    return name.split('.')[-1] == 'LoadAnnotations'

@@ -5,8 +5,8 @@ curve of the residual, and OUT_DIR/<image>.gif, the same as an animation. The im
 segmented as a whole, whatever the config's test mode.
 
 The prediction after k evaluations is made of f(z_{k-1}), the outcome of the k-th one;
-the residual is that of the state it started from. The share under each picture tells
-how many pixels have the label that they have in the last one.
+the residual is that of the state it started from. Above each picture there is the
+share of the pixels that have the label that they have in the last one.
 
 Example:
     python tools/analysis_tools/anytime.py CONFIG CHECKPOINT street.png
@@ -25,8 +25,9 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from mmengine.config import DictAction
-from PIL import Image
+from PIL import Image, ImageOps
 
 sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 from common import check_checkpoint_path, fail, read_config
@@ -34,7 +35,8 @@ from common import check_checkpoint_path, fail, read_config
 from mdeq_mm.utils.anytime import predict_by_evaluation
 from mdeq_mm.utils.inference import load_image, load_model
 
-COLUMNS = 5
+# Of a strip and one of its pictures, were it of 4:3, in inches.
+STRIP_WIDTH, PICTURE_WIDTH = 16, 3.2
 FRAME_SECONDS, LAST_SECONDS = 0.5, 2.5
 
 
@@ -104,10 +106,10 @@ def plot_residuals(axis, snapshots, count=None):
     residuals = [s.residual for s in snapshots]
     count = count or len(snapshots)
     axis.semilogy(steps, residuals, color='0.85')
-    axis.semilogy(steps[:count], residuals[:count], marker='o', color='C0')
+    axis.semilogy(steps[:count], residuals[:count], marker='o', color='black')
     axis.set(xlabel='evaluations of f', ylabel='residual')
     axis.set_xlim(0.5, len(steps) + 0.5)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)
 
 
@@ -115,32 +117,51 @@ def legend(figure, painted, classes, palette):
     """The classes that occur in any of the predictions."""
     present = sorted(set(np.concatenate([np.unique(labels) for labels in painted])))
     handles = [Patch(color=palette[c] / 255, label=classes[c]) for c in present]
+    # Inches of a patch, the gaps beside it, and a name.
+    entry = 0.6 + 0.08 * max(len(classes[c]) for c in present)
     figure.legend(
         handles=handles,
         loc='outside lower center',
-        ncols=min(len(handles), 8),
+        ncols=min(len(handles), max(1, int(figure.get_figwidth() / entry))),
         frameon=False,
         fontsize=9,
     )
 
 
+def agreement(labels, last):
+    """Share of equal labels, as a text that says 100% of nothing less."""
+    same = (labels == last).mean()
+    return f'{same if same == 1 else min(same, 0.999):.1%}'
+
+
 def draw_strip(image, snapshots, classes, palette, opacity, path):
     """Image and all predictions, the residual below."""
     painted = [s.labels.numpy() for s in snapshots]
-    rows = math.ceil((len(painted) + 1) / COLUMNS)
-    height, width = image.shape[:2]
-    panel = 3.2 * height / width + 0.45
-    figure = plt.figure(figsize=(3.2 * COLUMNS, panel * rows + 3), layout='constrained')
-    grid = figure.add_gridspec(rows + 1, COLUMNS, height_ratios=[panel] * rows + [2.3])
-    axes = [figure.add_subplot(grid[i // COLUMNS, i % COLUMNS])
+    ratio = image.shape[1] / image.shape[0]
+    # Pictures of equal areas; titles need a width.
+    width = min(max(PICTURE_WIDTH * math.sqrt(ratio * 3 / 4), 2), STRIP_WIDTH)
+    columns = min(int(STRIP_WIDTH / width), len(painted) + 1)
+    width = STRIP_WIDTH / max(columns, int(STRIP_WIDTH / width))
+    rows = math.ceil((len(painted) + 1) / columns)
+    panel = width / ratio + 0.35
+    figure = plt.figure(
+        figsize=(max(width * columns, STRIP_WIDTH / 2), panel * rows + 3.4),
+        layout='constrained',
+    )
+    figure.suptitle(
+        'evaluations of f: residual, share of pixels labelled as at the end',
+        fontsize=11,
+    )
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[panel] * rows + [2.3])
+    axes = [figure.add_subplot(grid[i // columns, i % columns])
             for i in range(len(painted) + 1)]  # fmt: skip
     axes[0].imshow(image)
     axes[0].set_title('image', fontsize=10)
     for axis, snapshot, labels in zip(axes[1:], snapshots, painted, strict=True):
         axis.imshow(overlay(image, labels, palette, opacity))
-        same = (labels == painted[-1]).mean()
         axis.set_title(
-            f'{snapshot.evaluations}: residual {snapshot.residual:.1e}, {same:.1%}',
+            f'{snapshot.evaluations}: {snapshot.residual:.1e}, '
+            f'{agreement(labels, painted[-1])}',
             fontsize=10,
         )
     for axis in axes:
@@ -173,9 +194,7 @@ def draw_animation(image, snapshots, classes, palette, opacity, path):
         figure.savefig(buffer, dpi=80)
         plt.close(figure)
         frames.append(Image.open(buffer).convert('RGB'))
-    # One palette for all frames, so that colours do not flicker.
-    colours = frames[-1].quantize(256)
-    frames = [f.quantize(palette=colours, dither=Image.Dither.NONE) for f in frames]
+    frames = share_palette(frames)
     seconds = [FRAME_SECONDS] * (len(frames) - 1) + [LAST_SECONDS]
     frames[0].save(
         path,
@@ -184,6 +203,14 @@ def draw_animation(image, snapshots, classes, palette, opacity, path):
         duration=[round(1000 * s) for s in seconds],
         loop=0,
     )
+
+
+def share_palette(frames):
+    """Reduce frames to 256 colours, the same in all, so that none flickers."""
+    few = [frames[0], frames[len(frames) // 2], frames[-1]]
+    few = Image.fromarray(np.concatenate([np.asarray(frame) for frame in few]))
+    colours = few.quantize(256)
+    return [f.quantize(palette=colours, dither=Image.Dither.NONE) for f in frames]
 
 
 def names_and_colours(model, cfg):
@@ -199,6 +226,15 @@ def names_and_colours(model, cfg):
     return list(classes), np.array(palette, np.uint8)
 
 
+def read_image(path):
+    """Read an image, (H, W, 3), uint8, RGB, the way up that pipelines have it."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
+    except OSError as error:
+        fail(f'the image {path!r} cannot be read: {error}.')
+
+
 def main(argv=None) -> None:
     args = parse_args(argv)
     check_checkpoint_path(args.checkpoint)
@@ -210,8 +246,10 @@ def main(argv=None) -> None:
             f'{args.config!r} is no segmentation config: it needs default_scope='
             "'mmseg' and a test_dataloader, whose pipeline the image runs through."
         )
+    out = Path(args.out_dir)
     try:
-        image = np.asarray(Image.open(args.image).convert('RGB'))
+        out.mkdir(parents=True, exist_ok=True)
+        image = read_image(args.image)
         model = load_model(cfg, args.checkpoint, args.device)
         solver = getattr(getattr(model.backbone, 'equilibrium', None), 'eval_solver', 0)
         if solver:
@@ -222,8 +260,6 @@ def main(argv=None) -> None:
         fail(str(error))
 
     names = names_and_colours(model, cfg)
-    out = Path(args.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     stem = Path(args.image).stem
     draw_strip(image, snapshots, *names, args.opacity, out / f'{stem}.png')
     draw_animation(image, snapshots, *names, args.opacity, out / f'{stem}.gif')
