@@ -18,7 +18,7 @@ def blocks(page, language):
 
 
 def test_the_config_in_the_readme_is_the_official_small_model(tmp_path):
-    (text,) = blocks(ROOT / 'README.md', 'python')
+    text, _ = blocks(ROOT / 'README.md', 'python')
     path = tmp_path / 'readme.py'
     path.write_text(text)
     cfg = Config.fromfile(path)
@@ -27,6 +27,16 @@ def test_the_config_in_the_readme_is_the_official_small_model(tmp_path):
     assert sum(p.numel() for p in model.parameters()) == 16_808_936
     for hook in cfg.default_hooks.values():
         HOOKS.build(hook)
+
+
+def test_the_segmentation_model_in_the_readme_is_the_official_small_one():
+    pytest.importorskip('mmseg', reason='mmseg is not installed')
+    _, text = blocks(ROOT / 'README.md', 'python')
+    cfg = Config.fromstring(text, '.py')
+    init_default_scope('mmseg')
+    model = MODELS.build(cfg.model)
+    # Without the bias that the norm of the head takes away.
+    assert sum(p.numel() for p in model.parameters()) == 8_968_467 - 480
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)

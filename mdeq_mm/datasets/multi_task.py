@@ -55,9 +55,7 @@ class MultiTaskDataset(Dataset):
         self.counts = dict.fromkeys(datasets, 1) | dict(counts or {})
         for task, count in self.counts.items():
             check_int(f'counts[{task!r}]', count, 1)
-        self.datasets = {
-            task: DATASETS.build(in_scope(cfg, task)) for task, cfg in datasets.items()
-        }
+        self.datasets = {task: _build(task, cfg) for task, cfg in datasets.items()}
         for task, dataset in self.datasets.items():
             if len(dataset) == 0:
                 raise ValueError(
@@ -112,3 +110,14 @@ class MultiTaskDataset(Dataset):
     def __repr__(self):
         parts = ', '.join(f'{task}: {len(d)}' for task, d in self.datasets.items())
         return f'{type(self).__name__}({parts}, pair={self.pair})'
+
+
+def _build(task, cfg):
+    try:
+        return DATASETS.build(in_scope(cfg, task))
+    except ValueError as error:
+        # So end data sets that find nothing, mostly, and do not say which.
+        raise ValueError(
+            f'datasets[{task!r}] ({cfg.get("type")}) cannot be read ({error}): check '
+            'that there are samples where its data_root and data_prefix lead'
+        ) from error

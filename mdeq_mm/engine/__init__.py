@@ -2,6 +2,7 @@ from .hooks import (
     CheckpointGuardHook,
     DataGuardHook,
     EquilibriumMonitorHook,
+    MultiTaskSegVisualizationHook,
     UnrollWarmupHook,
 )
 from .metrics import MultiTaskMetric
@@ -11,5 +12,6 @@ __all__ = [
     'DataGuardHook',
     'EquilibriumMonitorHook',
     'MultiTaskMetric',
+    'MultiTaskSegVisualizationHook',
     'UnrollWarmupHook',
 ]

@@ -112,7 +112,7 @@ def test_mixup_keeps_the_task(batch):
 
 
 def test_samples_are_needed():
-    with pytest.raises(ValueError, match='2 images has 0 data samples.*PackSegInputs'):
+    with pytest.raises(ValueError, match=r'2 images has 0 data samples.*PackSegInputs'):
         build()(dict(inputs=[torch.zeros(3, 4, 4)] * 2))
 
 
@@ -120,7 +120,7 @@ def test_an_image_for_both_tasks_needs_a_class():
     (sample,) = label_maps(torch.zeros(1, 8, 8).long())
     sample.set_metainfo(dict(task='both', img_path='street.png'))
     batch = dict(inputs=[torch.zeros(3, 8, 8)], data_samples=[sample])
-    with pytest.raises(ValueError, match='street.png .* no gt_label.*meta_keys'):
+    with pytest.raises(ValueError, match=r'street.png .* no gt_label.*meta_keys'):
         build()(batch, True)
     # What has no labels can still be predicted.
     assert build()(batch)['data_samples'][0].task == 'both'

@@ -1,0 +1,22 @@
+# One MDEQ that reads digits and segments scenes of digits, for as many iterations as
+# the scenes alone take in mdeq_1xb16-12e_digit-scenes-64x64.py, and on the same
+# schedule. It sees each digit about 32 times, in mdeq_1xb64-30e_digits.py 30 times.
+_base_ = [
+    '../_base_/models/multi_task_mdeq_digits.py',
+    '../_base_/datasets/digits_digit_scenes.py',
+    '../_base_/schedules/digit_scenes_12e.py',
+    '../_base_/default_runtime_seg.py',
+]
+
+# Epochs are counted, unlike in mmseg's own schedules. The window is as long as the
+# interval, so that logged times add up.
+log_processor = dict(by_epoch=True, window_size=10)
+default_hooks = dict(
+    logger=dict(interval=10, log_metric_by_epoch=True),
+    checkpoint=dict(by_epoch=True, interval=1, max_keep_ckpts=1),
+    visualization=dict(type='MultiTaskSegVisualizationHook'),
+    # A random f has no equilibrium: the first epochs train unrolled.
+    warmup=dict(type='UnrollWarmupHook', unroll_steps=4, end=8, by_epoch=True),
+    monitor=dict(type='EquilibriumMonitorHook', interval=10),
+)
+randomness = dict(seed=0)
