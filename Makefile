@@ -27,7 +27,7 @@ setup: $(STAMP) ## Set up the environment (.venv, or .venv-openmmlab)
 	@echo 'Next: make demo$(OPTIONS), make test$(OPTIONS),' \
 	    'or $(RUN) tools/train.py CONFIG'
 
-demo: $(STAMP) ## Train an MDEQ and its peers on handwritten digits, and compare
+demo: $(STAMP) ## Train MDEQs and their peers on handwritten digits, and compare
 	@$(RUN) tools/demo/digits_demo.py $(ARGS)
 
 test: $(STAMP) ## Run the tests, but for the slow ones

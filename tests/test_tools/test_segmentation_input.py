@@ -315,7 +315,9 @@ def trains(call, tmp_path, *options):  # noqa: F811
     """Train an iteration, which has to work, and look at the loss."""
     work_dir = tmp_path / 'good'
     call('train', tmp_path / 'config.py', '--work-dir', work_dir, '--cfg-options',
-         'train_cfg.max_iters=1', 'train_cfg.val_interval=1', *options)  # fmt: skip
+         'train_cfg.max_iters=1', 'train_cfg.val_interval=1',
+         # Runs of one name and second share a log.
+         'experiment_name=trains', *options)  # fmt: skip
     assert (work_dir / 'iter_1.pth').is_file()
     log = ''.join(path.read_text() for path in work_dir.rglob('*.log'))
     assert 'Checked 4 label maps' in log and 'nan' not in log.rpartition('Iter(')[2]
@@ -376,8 +378,11 @@ def test_too_many_classes_inside_of_wrappers(said, data, wrapper):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize('wrapper', WRAPPERS)
 def test_no_images_inside_of_wrappers(said, data, wrapper):
-    wrap(data, WRAPPERS[wrapper][0], "img_suffix='.bmp'")
-    assert 'train_dataloader.dataset finds no images' in said()
+    text, name = WRAPPERS[wrapper]
+    wrap(data, text, "img_suffix='.bmp'")
+    # As --cfg-options takes it.
+    field = name.replace('[1]', '.1')
+    assert f'{field} finds no images' in said()
 
 
 # Checkpoints to start from
