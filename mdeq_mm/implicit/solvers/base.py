@@ -16,6 +16,16 @@ def build_solver(cfg, field='solver'):
     return build_from(SOLVERS, cfg, field)
 
 
+def finite_rows(t: Tensor):
+    """Which samples of t (N, D) are finite, (N,) bool.
+
+    One pass over the numbers, several times faster than ``isfinite().all(1)``:
+    whatever is not finite makes the sum so. A sum of finite numbers that overflows
+    counts as not finite too.
+    """
+    return t.sum(1).isfinite()
+
+
 def residual_of(z: Tensor, fz: Tensor, norm='rel'):
     """Residual of each sample, (N,); infinite where f(z) - z is not finite.
 
@@ -114,7 +124,14 @@ class Solver:
 
     @torch.no_grad()
     def solve(
-        self, equation, start: Tensor, *, trace=False, drop_finished=False, observe=None
+        self,
+        equation,
+        start: Tensor,
+        *,
+        trace=False,
+        drop_finished=False,
+        observe=None,
+        keep_state=False,
     ):
         """Find the fixed point of an equation.
 
@@ -129,12 +146,16 @@ class Solver:
                 ``observe(rows, fz, residual)``: indices of the samples that are
                 still in the batch, f at their iterates (n, D), and the residuals
                 there (n,).
+            keep_state (bool): Whether to return the solver's state too; no sample
+                leaves the batch then.
 
         Returns:
             Solution: Never raises because a sample did not converge, and never
-            returns a non-finite value: look at ``status`` and ``residual``.
+            returns a non-finite value: look at ``status`` and ``residual``. With
+            ``keep_state`` a pair of it and the state.
         """
         drop = drop_finished if self.drop_finished is None else self.drop_finished
+        drop = drop and not keep_state
         finite = start.isfinite().all(1, keepdim=True)
         z = torch.where(finite, start, torch.zeros_like(start))
         progress = _Progress(self, z)
@@ -162,20 +183,37 @@ class Solver:
                 rows, z, fz = rows[keep], z[keep], fz[keep]
                 equation, state = equation.take(keep), self.take(state, keep)
                 progress = progress.take(keep)
-            z = self._advance(state, z, fz, progress)
+            z = self._advance(state, z, fz, progress, left == len(z))
         result = progress.store(result, rows, len(start))
-        return Solution(**result, trace=torch.stack(residuals) if trace else None)
+        solution = Solution(**result, trace=torch.stack(residuals) if trace else None)
+        return (solution, state) if keep_state else solution
 
-    def _advance(self, state, z, fz, progress):
-        """The next iterate; samples that are done wait at their best one."""
+    def _advance(self, state, z, fz, progress, everyone):
+        """The next iterate; samples that are done wait at their best one.
+
+        Args:
+            state: The solver's.
+            z (Tensor): (N, D).
+            fz (Tensor): (N, D).
+            progress (_Progress): Of these samples.
+            everyone (bool): Whether all of them are known to be running, which
+                spares passes over the state.
+        """
         running = progress.running[:, None]
-        # A sample that is done may have a non-finite f(z): keep it out of the
-        # solver's history, which is shared memory though not shared numbers.
-        fz = torch.where(running, fz, z)
+        if not everyone:
+            # A sample that is done may have a non-finite f(z): keep it out of the
+            # solver's history, which is shared memory though not shared numbers.
+            fz = torch.where(running, fz, z)
         new = self.step(state, z, fz)
-        usable = new.isfinite().all(1, keepdim=True)
-        new = torch.where(usable, new, fz)
-        return torch.where(running, new, progress.value)
+        usable = finite_rows(new)
+        if not (_known(usable) and usable.all()):
+            new = torch.where(usable[:, None], new, fz)
+        return new if everyone else torch.where(running, new, progress.value)
+
+
+def _known(mask):
+    """Whether a mask can be looked at without a synchronisation."""
+    return mask.device.type == 'cpu'
 
 
 class _Progress:
@@ -184,7 +222,7 @@ class _Progress:
     def __init__(self, solver, z):
         self.solver = solver
         n = len(z)
-        self.value = z.clone()
+        self.value = z
         self.residual = z.new_full((n,), math.inf)
         self.steps = torch.zeros(n, dtype=torch.int64, device=z.device)
         self.status = torch.full_like(self.steps, Status.MAX_STEPS)
@@ -199,7 +237,11 @@ class _Progress:
         solver = self.solver
         finite = residual.isfinite()
         better = self.running & (residual < self.residual)
-        torch.where(better[:, None], z, self.value, out=self.value)
+        if _known(better) and better.all():
+            # Iterates are never written to, so there is nothing to copy.
+            self.value = z
+        else:
+            self.value = torch.where(better[:, None], z, self.value)
         self.residual = torch.where(better, residual, self.residual)
         self.steps += self.running
         if self.first is None:

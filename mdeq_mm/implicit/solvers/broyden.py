@@ -68,6 +68,19 @@ class BroydenSolver(Solver):
             small=state.small[index],
         )
 
+    def history(self, state):
+        """What the estimate of the inverse is made of, -B^-1 = I + G M^-1 S'.
+
+        Args:
+            state: After a solve.
+
+        Returns:
+            tuple[Tensor, Tensor, Tensor]: S and G, (N, k, D), and M, (N, k, k), of
+            the pairs since the last restart.
+        """
+        k = state.stored
+        return state.steps[:, :k], state.residuals[:, :k], state.small[:, :k, :k]
+
     def step(self, state, z, fz):
         if state.pending:
             torch.sub(fz, z, out=state.residuals[:, state.stored])

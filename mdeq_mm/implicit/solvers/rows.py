@@ -3,6 +3,8 @@
 A history is (N, m, D) with small m and very large D. On a CPU ``torch.bmm`` takes a
 slow path for inner products of such shapes, up to ten times slower than taking the
 samples one by one; on a GPU one batched call is faster than N small ones.
+
+Autocast is off here: it would round histories to half precision.
 """
 
 import torch
@@ -11,13 +13,16 @@ from torch import Tensor
 
 def project(history: Tensor, vector: Tensor):
     """Inner products with each row of a history: (N, m, D), (N, D) -> (N, m)."""
-    if history.device.type == 'cpu':
-        return torch.stack(
-            [h.mv(v) for h, v in zip(history, vector, strict=True)], dim=0
-        )
-    return torch.bmm(history, vector[:, :, None]).squeeze(2)
+    device = history.device.type
+    with torch.autocast(device, enabled=False):
+        if device == 'cpu':
+            return torch.stack(
+                [h.mv(v) for h, v in zip(history, vector, strict=True)], dim=0
+            )
+        return torch.bmm(history, vector[:, :, None]).squeeze(2)
 
 
 def combine(history: Tensor, weights: Tensor):
     """Weighted sums of the rows of a history: (N, m, D), (N, m) -> (N, D)."""
-    return torch.bmm(weights[:, None, :], history).squeeze(1)
+    with torch.autocast(history.device.type, enabled=False):
+        return torch.bmm(weights[:, None, :], history).squeeze(1)

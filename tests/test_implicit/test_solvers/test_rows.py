@@ -28,3 +28,15 @@ def test_against_einsum(device, shape):
     torch.testing.assert_close(
         combine(history, weights), torch.einsum('nmd,nm->nd', history, weights)
     )
+
+
+@pytest.mark.parametrize('name', ['project', 'combine'])
+def test_autocast_does_not_round(name):
+    history = torch.randn(2, 3, 50)
+    other = torch.randn(2, 50) if name == 'project' else torch.randn(2, 3)
+    function = dict(project=project, combine=combine)[name]
+    expected = function(history, other)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = function(history, other)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
