@@ -6,6 +6,8 @@ from .gradients import (
     Gradient,
     ImplicitGradient,
     PhantomGradient,
+    ReversibleGradient,
+    SharedInverseGradient,
     UnrolledGradient,
     build_gradient,
 )
@@ -31,6 +33,8 @@ __all__ = [
     'ImplicitGradient',
     'PhantomGradient',
     'PicardSolver',
+    'ReversibleGradient',
+    'SharedInverseGradient',
     'Solution',
     'Solver',
     'StateSpec',

@@ -99,13 +99,27 @@ class Linearisation:
         Returns:
             list[Tensor | None]: In the order of the tensors.
         """
+        return self._last_product(y, [])[1]
+
+    def all_products(self, y):
+        """J' y and the products in all tensors at once; frees the graph.
+
+        Returns:
+            tuple[Tensor, list[Tensor | None]]: As of :meth:`product` and
+            :meth:`full_product`.
+        """
+        (product,), grads = self._last_product(y, [self._z])
+        return torch.zeros_like(y) if product is None else product, grads
+
+    def _last_product(self, y, first):
         wanted = [edge for edge in self._leaves if edge is not None]
-        if self._out is None or not wanted:
-            return [None] * len(self._leaves)
-        found = iter(torch.autograd.grad(self._out, wanted, y, allow_unused=True))
+        if self._out is None or not (first or wanted):
+            return [None] * len(first), [None] * len(self._leaves)
+        found = torch.autograd.grad(self._out, [*first, *wanted], y, allow_unused=True)
         self._out = None
-        grads = [None if edge is None else next(found) for edge in self._leaves]
-        return [
+        found, rest = found[: len(first)], iter(found[len(first) :])
+        grads = [None if edge is None else next(rest) for edge in self._leaves]
+        return found, [
             finite_samples(grad) if mine and grad is not None else grad
             for grad, mine in zip(grads, self._per_sample, strict=True)
         ]
@@ -152,7 +166,7 @@ class _Equilibrium(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, equation, solution, adjoint, *tensors):
+    def forward(ctx, equation, solution, adjoint, history, *tensors):
         z = solution.value
         healthy = solution.residual.isfinite()
         inputs_finite = equation.finite()
@@ -162,7 +176,8 @@ class _Equilibrium(torch.autograd.Function):
         # The equation is kept without its tensors: they are saved where autograd
         # sees them.
         ctx.equation = equation.bind(())
-        ctx.save_for_backward(z, healthy, *tensors)
+        ctx.save_for_backward(z, healthy, *history, *tensors)
+        ctx.history = len(history)
         ctx.linear = None
         if equation.recompute or not any(ctx.needs_input_grad):
             equation, inside = replace_failed(equation, z, healthy)
@@ -179,12 +194,13 @@ class _Equilibrium(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         z, healthy, *tensors = ctx.saved_tensors
+        history, tensors = tensors[: ctx.history], tensors[ctx.history :]
         linear, ctx.linear = ctx.linear, None
         if linear is None:
             linear = Linearisation(ctx.equation, z, tensors, healthy)
         usable = healthy & grad.isfinite().all(1)
         grad = torch.where(usable[:, None], grad, torch.zeros_like(grad)).to(z.dtype)
-        y, solution = ctx.adjoint(linear.product, grad)
+        y, solution = ctx.adjoint(linear.product, grad, *history)
         ctx.solution.adjoint = solution
         failed = ~(solution.residual.isfinite() & y.isfinite().all(1))
         if failed.any():
@@ -199,7 +215,7 @@ class _Equilibrium(torch.autograd.Function):
             # In float16 that is an overflow, which a loss scaler has to see.
             usable &= _sound_samples(equation, z, y)
             grads = _product_of(usable, equation, z, tensors, y)
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def _product_of(usable, equation, z, tensors, y):
@@ -237,7 +253,7 @@ def _sound_samples(equation, z, y):
     return torch.tensor(sound, device=z.device)
 
 
-def equilibrium(equation, solution: Solution, adjoint):
+def equilibrium(equation, solution: Solution, adjoint, history=()):
     """f(z*), differentiable with respect to the equation's tensors.
 
     Args:
@@ -245,12 +261,16 @@ def equilibrium(equation, solution: Solution, adjoint):
         solution (Solution): z*. Its ``adjoint`` is set by the backward pass.
         adjoint (Callable): ``adjoint(product, grad) -> (y, Solution)`` computes
             the adjoint from products with J' and the incoming gradient, (N, D).
+        history (Sequence[Tensor]): What else ``adjoint`` is given, saved for the
+            backward pass.
 
     Returns:
         Tensor: (N, D). Samples whose solve gave nothing finite keep z* and
         contribute nothing to any gradient.
     """
-    return _Equilibrium.apply(equation, solution, adjoint, *equation.tensors)
+    return _Equilibrium.apply(
+        equation, solution, adjoint, tuple(history), *equation.tensors
+    )
 
 
 def iterate(equation, z: Tensor, steps, damping=1.0):
