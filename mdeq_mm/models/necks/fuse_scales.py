@@ -4,12 +4,14 @@ import numbers
 from collections import OrderedDict
 from itertools import pairwise
 
+import torch
 from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.model import BaseModule
 from torch import nn
 
 from ...registry import MODELS
 from ...utils.checkpoint import check_no_more, check_state_dict, init_pretrained
+from ...utils.recompute import recompute
 
 
 class _Bottleneck(nn.Module):
@@ -83,6 +85,8 @@ class MDEQFuseScales(BaseModule):
         out_channels (int): Channels of the output.
         expansion (int): Factor from the width of a bottleneck to its output.
         norm_cfg (dict): Norm; batch norm in the official model.
+        with_cp (bool): Whether training evaluates the neck again in the backward
+            pass instead of keeping its intermediate results.
         init_cfg (dict | list[dict], optional): Initialisation. Default: the
             official one, but for biases of zero: they stand in front of norms.
             With ``type='Pretrained'``, files that do not fit are an error.
@@ -99,6 +103,7 @@ class MDEQFuseScales(BaseModule):
         out_channels,
         expansion=4,
         norm_cfg=dict(type='BN'),
+        with_cp=False,
         init_cfg=[
             dict(type='Normal', layer='Conv2d', std=0.01),
             dict(type='Constant', layer='_BatchNorm', val=1, bias=0),
@@ -126,6 +131,7 @@ class MDEQFuseScales(BaseModule):
                     raise ValueError(
                         f'{name} holds {value!r}: use integers of 1 or more'
                     )
+        self.with_cp = with_cp
         widths = [h * expansion for h in head_channels]
         self.bottlenecks = nn.ModuleList(
             _Bottleneck(c, h, expansion, norm_cfg)
@@ -161,9 +167,14 @@ class MDEQFuseScales(BaseModule):
                 f'MDEQFuseScales got {len(inputs)} maps for {len(self.bottlenecks)} '
                 "in_channels: set the backbone's out_indices to as many branches"
             )
+        if self.with_cp and self.training and torch.is_grad_enabled():
+            return (recompute(self, self._fuse, *inputs),)
+        return (self._fuse(*inputs),)
+
+    def _fuse(self, *inputs):
         total = self.bottlenecks[0](inputs[0])
         for x, bottleneck, downsample in zip(
             inputs[1:], self.bottlenecks[1:], self.downsamples, strict=True
         ):
             total = bottleneck(x) + downsample(total)
-        return (self.final(total),)
+        return self.final(total)

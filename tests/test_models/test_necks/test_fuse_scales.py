@@ -7,6 +7,7 @@ from torch.nn.functional import batch_norm, conv2d
 
 from mdeq_mm.models import MDEQFuseScales
 from mdeq_mm.registry import MODELS
+from mdeq_mm.utils.saved_bytes import saved_bytes
 from tests.helpers import (
     build,
     logits_of,
@@ -246,3 +247,39 @@ class TestLoading:
             assert torch.equal(a, b)
         with pytest.raises(RuntimeError, match='set its channels'):
             self.neck(heads=(2, 4), init_cfg=cfg).init_weights()
+
+
+class TestRecomputation:
+    def pair(self):
+        torch.manual_seed(0)
+        options = dict(in_channels=(8, 16), head_channels=(4, 8), out_channels=24)
+        plain = MDEQFuseScales(**options).double().train()
+        again = MDEQFuseScales(**options, with_cp=True).double().train()
+        again.load_state_dict(plain.state_dict())
+        return plain, again
+
+    def test_same_numbers_as_without(self):
+        plain, again = self.pair()
+        maps = [torch.randn(3, 8, 8, 6).double(), torch.randn(3, 16, 4, 3).double()]
+        results = []
+        for neck in (plain, again):
+            inputs = tuple(m.clone().requires_grad_() for m in maps)
+            (out,) = neck(inputs)
+            out.square().sum().backward()
+            grads = [p.grad for p in neck.parameters()] + [m.grad for m in inputs]
+            results.append((out, grads, neck.state_dict()))
+        (out, grads, state), (out2, grads2, state2) = results
+        assert torch.equal(out, out2)
+        for a, b in zip(grads, grads2, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+        # The statistics of the batch norms were updated once.
+        assert all(torch.equal(state[k], state2[k]) for k in state)
+        assert state2['final.bn.num_batches_tracked'] == 1
+
+    def test_keeps_its_inputs_alone(self):
+        _, neck = self.pair()
+        maps = (
+            torch.randn(3, 8, 8, 6).double().requires_grad_(),
+            torch.randn(3, 16, 4, 3).double().requires_grad_(),
+        )
+        assert saved_bytes(lambda: neck(maps)) == sum(m.nbytes for m in maps)
