@@ -3,6 +3,7 @@ from .hooks import (
     DataGuardHook,
     EquilibriumMonitorHook,
     MultiTaskSegVisualizationHook,
+    SolverScheduleHook,
     UnrollWarmupHook,
 )
 from .metrics import MultiTaskMetric
@@ -13,5 +14,6 @@ __all__ = [
     'EquilibriumMonitorHook',
     'MultiTaskMetric',
     'MultiTaskSegVisualizationHook',
+    'SolverScheduleHook',
     'UnrollWarmupHook',
 ]

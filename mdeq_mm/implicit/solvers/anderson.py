@@ -38,8 +38,9 @@ class AndersonSolver(Solver):
         mixing=1.0,
         patience=10,
         drop_finished=None,
+        check_every=1,
     ):
-        super().__init__(max_steps, tol, norm, patience, drop_finished)
+        super().__init__(max_steps, tol, norm, patience, drop_finished, check_every)
         check_int('memory', memory, 1)
         check_share('mixing', mixing)
         check_share('ridge', ridge)

@@ -65,6 +65,9 @@ class Solver:
             so that a batch costs the sum of its samples' evaluations. Default:
             the caller decides (:class:`EquilibriumLayer`: in evaluation on a
             CPU).
+        check_every (int): Whether anything is left to do is looked at after every
+            so many evaluations. Each look makes the host wait for a GPU; samples
+            that are done wait in any case, and their results stay as they are.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -75,10 +78,17 @@ class Solver:
     growth = dict(rel=1e3, abs=1e6)
 
     def __init__(
-        self, max_steps=30, tol=1e-3, norm='rel', patience=10, drop_finished=None
+        self,
+        max_steps=30,
+        tol=1e-3,
+        norm='rel',
+        patience=10,
+        drop_finished=None,
+        check_every=1,
     ):
         check_int('max_steps', max_steps, 1)
         check_int('patience', patience, 1)
+        check_int('check_every', check_every, 1)
         if not isinstance(tol, numbers.Real) or isinstance(tol, bool):
             raise TypeError(f'tol must be a number, got {tol!r}')
         if not 0 <= tol < math.inf:
@@ -97,6 +107,7 @@ class Solver:
         self.norm = norm
         self.patience = int(patience)
         self.drop_finished = drop_finished
+        self.check_every = int(check_every)
 
     def __repr__(self):
         fields = ', '.join(f'{k}={v!r}' for k, v in vars(self).items())
@@ -173,11 +184,15 @@ class Solver:
             if observe is not None:
                 observe(rows, fz, residual)
             progress.update(z, residual)
-            # The only synchronisation of a step.
-            left = int(progress.running.sum())
-            if left == 0 or count == self.max_steps:
+            if count == self.max_steps:
                 break
-            if drop and left < len(z):
+            left = None
+            if count % self.check_every == 0:
+                # The only synchronisation of a step.
+                left = int(progress.running.sum())
+                if left == 0:
+                    break
+            if drop and left is not None and left < len(z):
                 result = progress.store(result, rows, len(start))
                 keep = progress.running.nonzero().squeeze(1)
                 rows, z, fz = rows[keep], z[keep], fz[keep]

@@ -37,8 +37,9 @@ class BroydenSolver(Solver):
         memory=None,
         patience=10,
         drop_finished=None,
+        check_every=1,
     ):
-        super().__init__(max_steps, tol, norm, patience, drop_finished)
+        super().__init__(max_steps, tol, norm, patience, drop_finished, check_every)
         if memory is not None:
             check_int('memory', memory, 1)
         self.memory = memory

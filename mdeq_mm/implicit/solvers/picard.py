@@ -26,8 +26,9 @@ class PicardSolver(Solver):
         damping=1.0,
         patience=10,
         drop_finished=None,
+        check_every=1,
     ):
-        super().__init__(max_steps, tol, norm, patience, drop_finished)
+        super().__init__(max_steps, tol, norm, patience, drop_finished, check_every)
         check_share('damping', damping)
         self.damping = float(damping)
 

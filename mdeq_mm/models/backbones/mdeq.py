@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...implicit import EquilibriumLayer
+from ...implicit import EquilibriumLayer, StateSpec
 from ...registry import MODELS
 from ...utils.checkpoint import check_no_more, check_state_dict, init_pretrained
 from ..layers import MultiscaleFunction, channel_mask
@@ -43,6 +43,9 @@ class MDEQ(BaseModule):
             injection too, 2 everything.
         with_cp (bool): Whether f is evaluated again in the backward pass instead
             of keeping its intermediate results.
+        warm_start (bool): Whether solves in evaluation start from the equilibria of
+            the call before, sample by sample, where the shapes are the same: for
+            the frames of a video, or an image and its augmented versions.
         pretrained (str, optional): Checkpoint to start from; as
             ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
         init_cfg (dict | list[dict], optional): Initialisation. With
@@ -80,6 +83,7 @@ class MDEQ(BaseModule):
         norm_eval=False,
         frozen_stages=-1,
         with_cp=False,
+        warm_start=False,
         pretrained=None,
         init_cfg=None,
     ):
@@ -100,6 +104,7 @@ class MDEQ(BaseModule):
         self.in_channels = in_channels
         self.norm_eval = norm_eval
         self.frozen_stages = frozen_stages
+        self.warm_start = warm_start
 
         width = self.arch.channels[0]
         self.stem = nn.Sequential()
@@ -172,6 +177,8 @@ class MDEQ(BaseModule):
             )
         injection = self.injection(self.stem(x))
         start = self._start(injection)
+        if self.warm_start and not self.training:
+            start = self._continued(start)
         masks = ()
         if self.equilibrium.training and self.arch.dropout > 0:
             masks = [
@@ -191,6 +198,18 @@ class MDEQ(BaseModule):
             start.append(injection.new_zeros(n, channels, height, width))
             height, width = -(-height // 2), -(-width // 2)
         return start
+
+    def _continued(self, start):
+        """The equilibria of the last call, where they fit, in place of zeros."""
+        last = self.last_solution
+        spec = StateSpec.of(start)
+        if last is None or last.value.shape != (len(start[0]), spec.dim):
+            return start
+        sound = last.residual < 1
+        if last.value.device != start[0].device:
+            return start
+        value = torch.where(sound[:, None], last.value, torch.zeros_like(last.value))
+        return spec.unpack(value)
 
     def get_flops(self, input_shape=None, steps=None):
         """Count floating-point operations for one image, in evaluation.

@@ -539,3 +539,50 @@ def test_a_solver_that_returns_nonsense_is_survived(kind):
     solution = Broken(max_steps=200, tol=1e-10).solve(equation, zeros(equation))
     assert solution.converged.all()
     assert relative(solution.value, expected) < 1e-8
+
+
+class TestCheckEvery:
+    """Looking less often changes how long a solve waits, not what it returns."""
+
+    @every_solver
+    @pytest.mark.parametrize('every', [2, 5, 100])
+    def test_same_results(self, kind, every):
+        equation, _ = affine(4, 6, radius=0.5)
+        start = zeros(equation)
+        expected = kind(max_steps=40, tol=1e-6).solve(equation, start)
+        found = kind(max_steps=40, tol=1e-6, check_every=every).solve(equation, start)
+        assert expected.steps.max() < 40
+        for name in ('steps', 'status'):
+            assert torch.equal(getattr(found, name), getattr(expected, name))
+        assert relative(found.value, expected.value) < 1e-12
+        torch.testing.assert_close(found.residual, expected.residual, rtol=1e-6, atol=0)
+
+    @every_solver
+    def test_evaluations(self, kind):
+        """Up to the next look at most, counted by what is handed to f."""
+        equation, _ = affine(4, 6, radius=0.5)
+        start = zeros(equation)
+        needed = kind(max_steps=60, tol=1e-6).solve(equation, start).steps.max().item()
+        counted = Counting(equation)
+        kind(max_steps=60, tol=1e-6, check_every=7).solve(counted, start)
+        assert len(counted.log) == -(-needed // 7) * 7
+
+    def test_synchronisations(self, monkeypatch):
+        monkeypatch.setattr(base, '_known', lambda mask: False)
+        equation, _ = affine(radius=0.9)
+        read = []
+
+        class Reads(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if function.name() == 'aten::_local_scalar_dense':
+                    read.append(1)
+                return function(*args, **(kwargs or {}))
+
+        with Reads():
+            AndersonSolver(20, tol=0, check_every=5).solve(equation, zeros(equation))
+        assert len(read) == 3
+
+    @every_solver
+    def test_refused(self, kind):
+        with pytest.raises(ValueError, match=r'check_every=0 .*1 or more'):
+            kind(check_every=0)
