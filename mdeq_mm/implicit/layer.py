@@ -88,9 +88,13 @@ class EquilibriumLayer(nn.Module):
         def function(z, tensors):
             weights, inputs = tensors[:count], tensors[count:]
             maps = spec.unpack(z)
-            if inputs and not autocast:
-                # The state may be wider than what f computes in.
-                maps = [m.to(inputs[0].dtype) for m in maps]
+            if inputs:
+                # The state may be wider than what f computes in. Autocast narrows
+                # single precision by itself, and leaves double as it is.
+                dtype = inputs[0].dtype
+                if autocast:
+                    dtype = torch.promote_types(dtype, torch.float32)
+                maps = [m.to(dtype) for m in maps]
             return spec.pack(self._function(weights, maps, *inputs), z.dtype)
 
         return Equation(

@@ -253,6 +253,25 @@ def test_errors_name_the_field(f, field):
 
 
 class TestPrecision:
+    def test_reversible_gradient_under_autocast(self):
+        """Its state is in double precision, which autocast does not narrow."""
+        torch.manual_seed(1)
+        f = F()
+        start = [torch.zeros(3, 4), torch.zeros(3, 3, 1)]
+        x = torch.randn(3, 4)
+        gradient = dict(type='ReversibleGradient', steps=6, beta=0.5)
+        layer = EquilibriumLayer(f, dict(type='AndersonSolver'), gradient)
+        layer(start, x)[0].square().sum().backward()
+        reference = [p.grad.clone() for p in f.parameters()]
+        layer.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16):
+            out = layer(start, x)
+        assert all(m.dtype == torch.float32 for m in out)
+        out[0].square().sum().backward()
+        found = [p.grad for p in f.parameters()]
+        assert all(g.dtype == torch.float32 for g in found)
+        assert cosine(found, reference) > 0.99
+
     @pytest.mark.parametrize('kind', SOLVERS.values(), ids=SOLVERS)
     def test_autocast_keeps_the_state_in_float32(self, kind):
         torch.manual_seed(1)

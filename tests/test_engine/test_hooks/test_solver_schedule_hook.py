@@ -23,7 +23,7 @@ MILESTONES = (
 
 
 def test_by_epoch(make_runner):
-    """Six evaluations as configured, then two, then four; validation keeps its limit."""
+    """Six evaluations as configured, then two, then four; validation as configured."""
     runner = make_runner([hook(*MILESTONES)])
     with logged() as texts:
         runner.train()
