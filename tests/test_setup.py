@@ -17,7 +17,7 @@ from mdeq_mm.compat import installed_versions
 
 SET = re.compile(r'(onedl-)?(mmengine|mmcv|mmpretrain|mmsegmentation|mmcv-lite)\b')
 STACK = 'onedl' if 'onedl-mmengine' in installed_versions() else 'openmmlab'
-PINNED = ['onedl', 'openmmlab', 'build', 'demo', 'tests', 'lint']
+PINNED = ['onedl', 'openmmlab', 'build', 'demo', 'tests', 'lint', 'benchmark']
 
 
 def run(*command, cwd, env=None, **variables):
