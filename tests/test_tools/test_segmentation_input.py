@@ -472,3 +472,8 @@ def test_a_checkpoint_that_fits_is_loaded(call, data, plain, tmp_path):  # noqa:
     number = len(read_checkpoint(str(path))['state_dict']) - 1
     assert f'MDEQ: loaded {number} of {number} entries from {path}' in log
     assert 'left in the file, not loaded: head.fc (1)' in log
+
+
+def test_windows_without_a_size_are_refused(said):
+    sentence = said('model.test_cfg.mode=slide')
+    assert "mode='slide' lacks crop_size and stride" in sentence

@@ -246,6 +246,11 @@ def main(argv=None) -> None:
             f'{args.config!r} is no segmentation config: it needs default_scope='
             "'mmseg' and a test_dataloader, whose pipeline the image runs through."
         )
+    if str(cfg.test_dataloader.dataset.type).endswith('MultiTaskDataset'):
+        fail(
+            f'{args.config!r} is of joint training: give the segmentation config, '
+            'which the joint checkpoint fits too.'
+        )
     out = Path(args.out_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -72,10 +72,13 @@ class DataGuardHook(Hook):
             ignored = set.intersection(
                 *({getattr(head, 'ignore_index', 255)} for head in heads.values())
             )
+        _check_windows(model)
+        classifier = dict(_heads(model, ('head',)))
         checked = 0
         for field, loader in loaders.items():
             name = f'{field}.dataset'
-            _check_outputs(heads, loader.dataset, name)
+            _check_outputs(heads, loader.dataset, name, segments=True)
+            _check_outputs(classifier, loader.dataset, name, segments=False)
             checked += check_dataset(
                 loader.dataset,
                 name,
@@ -87,11 +90,28 @@ class DataGuardHook(Hook):
         return checked
 
 
-def _heads(model):
-    """Segmentation heads of a model, by how a config names them."""
+def _unwrapped(model):
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
-    for field in ('decode_head', 'auxiliary_head'):
+    return model
+
+
+def _check_windows(model):
+    """Refuse sliding windows without a size, which only an evaluation would."""
+    test_cfg = getattr(_unwrapped(model), 'test_cfg', None) or {}
+    lacking = [key for key in ('crop_size', 'stride') if key not in test_cfg]
+    if test_cfg.get('mode') == 'slide' and lacking:
+        raise ValueError(
+            f"model.test_cfg.mode='slide' lacks {' and '.join(lacking)}: give "
+            'model.test_cfg.crop_size and stride as (height, width), or set '
+            "mode='whole'"
+        )
+
+
+def _heads(model, fields=('decode_head', 'auxiliary_head')):
+    """Heads of a model, those of the segmentation, by how a config names them."""
+    model = _unwrapped(model)
+    for field in fields:
         head = getattr(model, field, None)
         if isinstance(head, nn.ModuleList):
             yield from ((f'model.{field}[{i}]', part) for i, part in enumerate(head))
@@ -99,17 +119,18 @@ def _heads(model):
             yield f'model.{field}', head
 
 
-def _check_outputs(heads, dataset, name):
-    """Refuse heads with fewer outputs than a data set has classes."""
+def _check_outputs(heads, dataset, name, segments):
+    """Refuse heads with fewer outputs than a data set of their task has classes."""
     for path, part in leaves(dataset, name):
         classes = getattr(part, 'metainfo', {}).get('classes')
-        if not classes or not hasattr(part, 'seg_map_suffix'):
+        if not classes or hasattr(part, 'seg_map_suffix') != segments:
             continue
         for field, head in heads.items():
             outputs = getattr(head, 'num_classes', None)
             if outputs and len(classes) > outputs:
                 raise ValueError(
                     f'{path} has {len(classes)} classes and {field}.num_classes='
-                    f'{outputs}: set num_classes of the decode and auxiliary heads to '
-                    f'{len(classes)}'
+                    f'{outputs}: set num_classes of '
+                    + ('the decode and auxiliary heads' if segments else 'the head')
+                    + f' to {len(classes)}'
                 )

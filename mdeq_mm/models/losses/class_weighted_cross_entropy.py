@@ -36,7 +36,14 @@ class ClassWeightedCrossEntropy(nn.Module):
         self.loss_weight = loss_weight
         self.loss_name = loss_name
 
-    def forward(self, cls_score, label, weight=None, ignore_index=255):
+    def forward(
+        self,
+        cls_score,
+        label,
+        weight=None,
+        ignore_index=255,
+        reduction_override=None,
+    ):
         """Loss of a batch.
 
         Args:
@@ -44,6 +51,8 @@ class ClassWeightedCrossEntropy(nn.Module):
             label (Tensor): (N, H, W), int64.
             weight (Tensor, optional): (N, H, W), of the pixels; from a sampler.
             ignore_index (int): Label of pixels that do not count.
+            reduction_override (str, optional): ``'none'`` returns the loss of each
+                pixel, which mmseg's samplers choose by.
 
         Returns:
             Tensor: A number; 0 where no pixel counts.
@@ -64,5 +73,7 @@ class ClassWeightedCrossEntropy(nn.Module):
         mass = of_class[label.where(counts, 0)] * counts
         if weight is not None:
             loss = loss * weight
+        if reduction_override == 'none':
+            return self.loss_weight * loss
         tiny = torch.finfo(score.dtype).tiny
         return self.loss_weight * loss.sum() / mass.sum().clamp_min(tiny)

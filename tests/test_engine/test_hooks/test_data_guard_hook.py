@@ -192,3 +192,17 @@ def test_processes_share_the_work_and_the_error(folder, monkeypatch, rank):
     with pytest.raises(ValueError, match=f'{path} holds the label 7'):
         DataGuardHook().before_train(runner(loader(folder)))
     assert told[-1][0] == 0 and str(path) in told[-1][1]
+
+
+def test_a_classification_head_with_too_few_outputs():
+    """Of joint training: the labels would only be missed when they are drawn."""
+    from types import SimpleNamespace
+
+    from mdeq_mm.engine.hooks.data_guard_hook import _check_outputs
+
+    dataset = SimpleNamespace(metainfo=dict(classes=tuple('abcd')))
+    heads = {'model.head': SimpleNamespace(num_classes=3)}
+    with pytest.raises(ValueError, match=r'4 classes and model\.head\.num_classes=3'):
+        _check_outputs(heads, dataset, 'train_dataloader.dataset', segments=False)
+    heads['model.head'].num_classes = 4
+    _check_outputs(heads, dataset, 'train_dataloader.dataset', segments=False)

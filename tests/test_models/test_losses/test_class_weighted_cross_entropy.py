@@ -63,3 +63,15 @@ def test_wrong_weights_are_refused():
         ClassWeightedCrossEntropy('weights.txt')
     with pytest.raises(ValueError, match='has 3 numbers for 4 classes'):
         ClassWeightedCrossEntropy([1, 1, 1])(*batch())
+
+
+def test_the_loss_of_each_pixel_for_samplers():
+    score = torch.randn(2, 3, 4, 5).double()
+    label = torch.randint(0, 3, (2, 4, 5))
+    weights = [0.5, 1.0, 2.0]
+    loss = ClassWeightedCrossEntropy(class_weight=weights, loss_weight=0.4)
+    found = loss(score, label, reduction_override='none')
+    expected = torch.nn.functional.cross_entropy(
+        score, label, torch.tensor(weights).double(), reduction='none'
+    )
+    torch.testing.assert_close(found, 0.4 * expected)
