@@ -7,7 +7,7 @@ import torch
 from ...registry import SOLVERS
 from ..checks import check_int
 from .base import Solver
-from .rows import combine, project
+from .rows import combine_into, project
 
 
 @SOLVERS.register_module()
@@ -86,16 +86,18 @@ class BroydenSolver(Solver):
         if state.pending:
             torch.sub(fz, z, out=state.residuals[:, state.stored])
             state.stored += 1
-            new = self._direction(state)
         else:
             state.stored = 0
-            new = fz - z
         state.pending = state.stored < state.steps.shape[1]
-        if state.pending:
-            state.steps[:, state.stored] = new
+        # The step is made where it will be stored.
+        new = state.steps[:, state.stored] if state.pending else torch.empty_like(z)
+        if state.stored:
+            self._direction(state, new)
+        else:
+            torch.sub(fz, z, out=new)
         return z + new
 
-    def _direction(self, state):
+    def _direction(self, state, out):
         """-B^-1 g with the pairs stored, g being the newest residual."""
         k = state.stored
         steps, residuals = state.steps[:, :k], state.residuals[:, :k]
@@ -104,10 +106,12 @@ class BroydenSolver(Solver):
         row = project(residuals, last).double()
         state.small[:, :k, k - 1] = -column
         state.small[:, k - 1, :k] = -row
-        state.small[:, k - 1, k - 1] += (last * last).sum(1).double()
+        # By the same kind of product, so that both round alike: where they are equal
+        # the Jacobian is singular, and a tiny difference would be a huge step.
+        state.small[:, k - 1, k - 1] += project(steps[:, -1:], last)[:, 0].double()
         small = state.small[:, :k, :k]
         weights = torch.linalg.solve_ex(small, column[:, :, None])[0].squeeze(2)
         # A singular system, or the rows of a sample that is done: a plain step.
         usable = weights.isfinite().all(1, keepdim=True)
         weights = torch.where(usable, weights, torch.zeros_like(weights))
-        return combine(residuals, weights.to(g.dtype)).add_(g)
+        combine_into(out, g, residuals, weights.to(g.dtype))

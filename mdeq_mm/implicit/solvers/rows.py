@@ -26,3 +26,16 @@ def combine(history: Tensor, weights: Tensor):
     """Weighted sums of the rows of a history: (N, m, D), (N, m) -> (N, D)."""
     with torch.autocast(history.device.type, enabled=False):
         return torch.bmm(weights[:, None, :], history).squeeze(1)
+
+
+def combine_into(out: Tensor, first: Tensor, history: Tensor, weights: Tensor):
+    """Write ``first + combine(history, weights)`` to ``out``, in one pass.
+
+    Args:
+        out (Tensor): (N, D); may be a row of another history.
+        first (Tensor): (N, D).
+        history (Tensor): (N, m, D).
+        weights (Tensor): (N, m).
+    """
+    with torch.autocast(history.device.type, enabled=False):
+        torch.baddbmm(first[:, None], weights[:, None], history, out=out[:, None])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mdeq_mm.implicit.solvers.rows import combine, project
+from mdeq_mm.implicit.solvers.rows import combine, combine_into, project
 
 DEVICES = [
     'cpu',
@@ -28,6 +28,12 @@ def test_against_einsum(device, shape):
     torch.testing.assert_close(
         combine(history, weights), torch.einsum('nmd,nm->nd', history, weights)
     )
+    other = torch.full((n, 3, d), torch.nan, device=device).double()
+    combine_into(other[:, 1], vector, history, weights)
+    torch.testing.assert_close(
+        other[:, 1], vector + torch.einsum('nmd,nm->nd', history, weights)
+    )
+    assert other[:, [0, 2]].isnan().all()
 
 
 @pytest.mark.parametrize('name', ['project', 'combine'])
