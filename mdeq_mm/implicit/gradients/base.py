@@ -185,6 +185,8 @@ class _Equilibrium(torch.autograd.Function):
         else:
             ctx.linear = Linearisation(equation, z, tensors, healthy)
             out = ctx.linear.value
+            # Not to be kept: the backward pass needs the recorded graph alone.
+            ctx.linear.value = None
         # f(z*) may overflow though f was finite at z* in the solve; the head
         # gets finite features in any case.
         usable = healthy & out.isfinite().all(1)

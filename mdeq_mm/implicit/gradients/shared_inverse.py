@@ -35,7 +35,7 @@ class SharedInverseGradient(Gradient):
         ValueError: If ``limit`` is out of range, or the norm is not 'rel'.
     """
 
-    def __init__(self, limit=0.5, fallback=_FALLBACK):
+    def __init__(self, limit=0.2, fallback=_FALLBACK):
         check_share('limit', limit)
         self.limit = float(limit)
         self.fallback = None if fallback is None else build_solver(fallback, 'fallback')

@@ -7,7 +7,7 @@ import torch
 from ...registry import SOLVERS
 from ..checks import check_int, check_share
 from .base import Solver
-from .rows import combine, project
+from .rows import combine, compact, project
 
 
 @SOLVERS.register_module()
@@ -61,8 +61,8 @@ class AndersonSolver(Solver):
     def take(self, state, index):
         return SimpleNamespace(
             count=state.count,
-            values=state.values[index],
-            residuals=state.residuals[index],
+            values=compact(state.values, index),
+            residuals=compact(state.residuals, index),
             gram=state.gram[index],
         )
 

@@ -167,10 +167,12 @@ class Solver:
         """
         drop = drop_finished if self.drop_finished is None else self.drop_finished
         drop = drop and not keep_state
-        finite = start.isfinite().all(1, keepdim=True)
-        z = torch.where(finite, start, torch.zeros_like(start))
+        finite = finite_rows(start)
+        z = start
+        if not (_known(finite) and finite.all()):
+            z = torch.where(finite[:, None], start, torch.zeros_like(start))
         progress = _Progress(self, z)
-        result = None
+        parts = []
         rows = torch.arange(len(z), device=z.device)
         residuals = []
         state = self.init(z)
@@ -193,15 +195,25 @@ class Solver:
                 if left == 0:
                     break
             if drop and left is not None and left < len(z):
-                result = progress.store(result, rows, len(start))
+                parts.append(progress.fields(rows, ~progress.running))
                 keep = progress.running.nonzero().squeeze(1)
-                rows, z, fz = rows[keep], z[keep], fz[keep]
                 equation, state = equation.take(keep), self.take(state, keep)
-                progress = progress.take(keep)
+                # One by one: the histories leave little room for copies.
+                rows, progress = rows[keep], progress.take(keep)
+                z = z[keep]
+                fz = fz[keep]
             z = self._advance(state, z, fz, progress, left == len(z))
-        result = progress.store(result, rows, len(start))
-        solution = Solution(**result, trace=torch.stack(residuals) if trace else None)
-        return (solution, state) if keep_state else solution
+        trace = torch.stack(residuals) if trace else None
+        if progress.value is start:
+            # It is the caller's.
+            progress.value = start.clone()
+        if keep_state:
+            return Solution(**progress.fields(rows)[1], trace=trace), state
+        # The history makes room for the results.
+        del state, z, fz
+        parts.append(progress.fields(rows))
+        del progress
+        return Solution(**_joined(parts, len(start)), trace=trace)
 
     def _advance(self, state, z, fz, progress, everyone):
         """The next iterate; samples that are done wait at their best one.
@@ -223,7 +235,11 @@ class Solver:
         usable = finite_rows(new)
         if not (_known(usable) and usable.all()):
             new = torch.where(usable[:, None], new, fz)
-        return new if everyone else torch.where(running, new, progress.value)
+        if everyone:
+            return new
+        # The masked copy, before another one is made.
+        del fz
+        return torch.where(running, new, progress.value)
 
 
 def _known(mask):
@@ -285,13 +301,28 @@ class _Progress:
             setattr(new, key, value if key == 'solver' else value[index])
         return new
 
-    def store(self, result, rows, total):
-        """Write these samples into the result of the whole batch."""
-        fields = {k: getattr(self, k) for k in ('value', 'residual', 'steps', 'status')}
-        if result is None:
-            if len(rows) == total:
-                return fields
-            result = {k: v.new_empty(total, *v.shape[1:]) for k, v in fields.items()}
-        for key, value in fields.items():
+    def fields(self, rows, mask=None):
+        """Of all samples or some of them: their rows in the whole batch, and results.
+
+        Returns:
+            tuple[Tensor, dict[str, Tensor]]: Rows, and fields of a Solution.
+        """
+        names = ('value', 'residual', 'steps', 'status')
+        found = {name: getattr(self, name) for name in names}
+        if mask is None:
+            return rows, found
+        index = mask.nonzero().squeeze(1)
+        return rows[index], {name: value[index] for name, value in found.items()}
+
+
+def _joined(parts, total):
+    """The results of the whole batch from those of its parts."""
+    if len(parts) == 1:
+        return parts[0][1]
+    first = parts[0][1]
+    result = {k: v.new_empty(total, *v.shape[1:]) for k, v in first.items()}
+    while parts:
+        rows, found = parts.pop()
+        for key, value in found.items():
             result[key][rows] = value
-        return result
+    return result

@@ -7,7 +7,7 @@ import torch
 from ...registry import SOLVERS
 from ..checks import check_int
 from .base import Solver
-from .rows import combine_into, project
+from .rows import combine_into, compact, project
 
 
 @SOLVERS.register_module()
@@ -64,8 +64,8 @@ class BroydenSolver(Solver):
         return SimpleNamespace(
             stored=state.stored,
             pending=state.pending,
-            steps=state.steps[index],
-            residuals=state.residuals[index],
+            steps=compact(state.steps, index),
+            residuals=compact(state.residuals, index),
             small=state.small[index],
         )
 
@@ -95,7 +95,7 @@ class BroydenSolver(Solver):
             self._direction(state, new)
         else:
             torch.sub(fz, z, out=new)
-        return z + new
+        return z + new if state.pending else new.add_(z)
 
     def _direction(self, state, out):
         """-B^-1 g with the pairs stored, g being the newest residual."""

@@ -39,3 +39,18 @@ def combine_into(out: Tensor, first: Tensor, history: Tensor, weights: Tensor):
     """
     with torch.autocast(history.device.type, enabled=False):
         torch.baddbmm(first[:, None], weights[:, None], history, out=out[:, None])
+
+
+def compact(history: Tensor, index: Tensor):
+    """Some samples of a history (N, m, D), moved to its front: (n, m, D).
+
+    In place, because a copy would double what is by far the most memory of a solve.
+
+    Args:
+        history (Tensor): (N, m, D); what it held is lost.
+        index (Tensor): Indices of the samples, ascending.
+    """
+    for row, source in enumerate(index.tolist()):
+        if row != source:
+            history[row].copy_(history[source])
+    return history[: len(index)]

@@ -293,6 +293,20 @@ def test_evaluations_are_as_many_as_the_steps_say(kind):
 
 
 @every_solver
+@pytest.mark.parametrize('drop', [False, True])
+def test_the_solution_shares_no_memory_with_the_start(kind, drop):
+    equation, expected = affine(radius=0.6)
+    for start in (expected.clone(), torch.cat([expected[:1], zeros(equation)[1:]])):
+        before = start.clone()
+        value = kind(max_steps=50, tol=1e-6).solve(
+            equation, start, drop_finished=drop
+        ).value  # fmt: skip
+        assert torch.equal(start, before)
+        value.fill_(7)
+        assert torch.equal(start, before)
+
+
+@every_solver
 def test_who_decides_whether_samples_leave(kind):
     equation, expected = affine(radius=0.6)
     start = zeros(equation)

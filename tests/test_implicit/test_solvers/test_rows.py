@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mdeq_mm.implicit.solvers.rows import combine, combine_into, project
+from mdeq_mm.implicit.solvers.rows import combine, combine_into, compact, project
 
 DEVICES = [
     'cpu',
@@ -46,3 +46,12 @@ def test_autocast_does_not_round(name):
         found = function(history, other)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize('index', [[0, 2, 3], [3], [], [0, 1, 2, 3]])
+def test_samples_move_to_the_front_of_their_history(index):
+    history = torch.randn(4, 3, 5)
+    expected = history[index].clone()
+    found = compact(history, torch.tensor(index, dtype=torch.int64))
+    assert torch.equal(found, expected)
+    assert found.data_ptr() == history.data_ptr() or not index
