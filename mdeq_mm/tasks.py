@@ -9,7 +9,8 @@ SCOPES = dict(cls='mmpretrain', seg='mmseg', both='mmseg')
 #: Ground truth of each task in a data sample.
 LABELS = dict(cls='gt_label', seg='gt_sem_seg')
 
-_PACKAGES = dict(
+#: Packages that provide each toolbox.
+PACKAGES = dict(
     mmpretrain='onedl-mmpretrain (or mmpretrain)',
     mmseg='onedl-mmsegmentation (or mmsegmentation)',
 )
@@ -24,7 +25,7 @@ def require_toolboxes(name):
     Raises:
         ImportError: If mmpretrain or mmseg cannot be found.
     """
-    for module, package in _PACKAGES.items():
+    for module, package in PACKAGES.items():
         if find_spec(module) is None:
             raise ImportError(
                 f'{name} joins parts of mmpretrain and mmseg, and {module} is not '

@@ -1,17 +1,32 @@
 from .hooks import (
     CheckpointGuardHook,
     DataGuardHook,
+    EquilibriumCaptionHook,
     EquilibriumMonitorHook,
+    FailureReportHook,
+    JacobianScheduleHook,
     MultiTaskSegVisualizationHook,
     SolverScheduleHook,
     UnrollWarmupHook,
 )
-from .metrics import MultiTaskMetric
+from .metrics import EquilibriumMetric, MultiTaskMetric
+from .optim_wrappers import (
+    AmpEquilibriumOptimWrapper,
+    EquilibriumFailure,
+    EquilibriumOptimWrapper,
+)
 
 __all__ = [
+    'AmpEquilibriumOptimWrapper',
     'CheckpointGuardHook',
     'DataGuardHook',
+    'EquilibriumCaptionHook',
+    'EquilibriumFailure',
+    'EquilibriumMetric',
     'EquilibriumMonitorHook',
+    'EquilibriumOptimWrapper',
+    'FailureReportHook',
+    'JacobianScheduleHook',
     'MultiTaskMetric',
     'MultiTaskSegVisualizationHook',
     'SolverScheduleHook',

@@ -1,5 +1,6 @@
 """Checks of arguments, whose messages name field, value and remedy."""
 
+import math
 import numbers
 
 
@@ -15,3 +16,11 @@ def check_share(field, value):
     """Refuse a value outside (0, 1]."""
     if not isinstance(value, numbers.Real) or not 0 < value <= 1:
         raise ValueError(f'{field}={value!r} is out of range: use 0 < {field} <= 1')
+
+
+def check_amount(field, value):
+    """Refuse a value that is no finite number of 0 or more."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f'{field} must be a number, got {value!r}')
+    if not 0 <= value < math.inf:
+        raise ValueError(f'{field}={value} is out of range: use a number of 0 or more')

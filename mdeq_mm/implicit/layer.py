@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from .equation import Equation
 from .functional import FunctionalModule
 from .gradients import ImplicitGradient, UnrolledGradient, build_gradient
+from .gradients.base import replace_failed
+from .jacobian import hutchinson
+from .pending import Pending
 from .solvers import build_solver
 from .state import StateSpec
 
@@ -38,6 +41,11 @@ class EquilibriumLayer(nn.Module):
             solves of the evaluation mode without gradients, as ``observe(rows,
             maps, residual)``: indices of the samples that are still in the batch,
             f at their iterates as maps (n, ...), and the residuals there (n,).
+        inspect (Callable | None): If set, called after each solve in training, as
+            ``inspect(equation, solution)``, without gradients.
+        jacobian_probes (int): Probes of the Jacobian loss (Bai et al. 2021) that each
+            forward pass in training computes at its solution; none where 0.
+        jacobian_seed (int | None): Of the probes; None takes PyTorch's state.
 
     Example:
         >>> layer = EquilibriumLayer(f, dict(type='AndersonSolver'),
@@ -61,7 +69,11 @@ class EquilibriumLayer(nn.Module):
         self.unroll_steps = None
         self.trace = False
         self.observe = None
+        self.inspect = None
         self.last_solution = None
+        self.jacobian_probes = 0
+        self.jacobian_seed = None
+        self._jacobian_losses = Pending()
         self._function = FunctionalModule(f)
 
     def extra_repr(self):
@@ -126,7 +138,45 @@ class EquilibriumLayer(nn.Module):
         else:
             out, solution = self._evaluate(equation, z, spec)
         self.last_solution = solution
+        if self.training:
+            if self.inspect is not None:
+                with torch.no_grad():
+                    self.inspect(equation, solution)
+            if self.jacobian_probes:
+                self._add_jacobian_loss(equation, solution)
         return spec.unpack(out)
+
+    def take_jacobian_loss(self):
+        """The Jacobian loss of the forward passes since the last call.
+
+        Returns:
+            Tensor | None: A scalar with gradients, the mean over all samples; None
+            where none was computed.
+        """
+        parts = self._jacobian_losses.take()
+        if not parts:
+            return None
+        return sum(n * loss for n, loss in parts) / sum(n for n, _ in parts)
+
+    def _add_jacobian_loss(self, equation, solution):
+        z = solution.value
+        generator = None
+        if self.jacobian_seed is not None:
+            # Each forward pass of one step gets probes of its own.
+            seed = self.jacobian_seed + len(self._jacobian_losses)
+            generator = torch.Generator(z.device).manual_seed(seed)
+        probes = z.new_empty(self.jacobian_probes, *z.shape)
+        probes.normal_(generator=generator)
+        healthy = solution.residual.isfinite()
+        finite = equation.finite()
+        if finite is not None:
+            healthy = healthy & finite
+        if not healthy.any():
+            return
+        # A failed sample has no equilibrium to regularise, and its NaN would reach
+        # the shared weights.
+        equation, z = replace_failed(equation, z, healthy)
+        self._jacobian_losses.add((len(z), hutchinson(equation, z, probes)))
 
     def _evaluate(self, equation, z, spec):
         """z*, with gradients where somebody wants them."""

@@ -1,4 +1,10 @@
 from .backbones import MDEQ
+from .implicit_models import (
+    ImplicitClsTTAModel,
+    ImplicitEncoderDecoder,
+    ImplicitImageClassifier,
+    ImplicitSegTTAModel,
+)
 from .losses import ClassWeightedCrossEntropy
 from .multi_task import MultiTaskDataPreprocessor, MultiTaskMDEQ
 from .necks import MDEQFuseScales
@@ -6,6 +12,10 @@ from .necks import MDEQFuseScales
 __all__ = [
     'MDEQ',
     'ClassWeightedCrossEntropy',
+    'ImplicitClsTTAModel',
+    'ImplicitEncoderDecoder',
+    'ImplicitImageClassifier',
+    'ImplicitSegTTAModel',
     'MDEQFuseScales',
     'MultiTaskDataPreprocessor',
     'MultiTaskMDEQ',

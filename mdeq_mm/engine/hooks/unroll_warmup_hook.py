@@ -1,12 +1,17 @@
 """Training that starts unrolled."""
 
+import torch
+from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop
 
 from ...implicit import EquilibriumLayer
-from ...implicit.checks import check_int
+from ...implicit.checks import check_amount, check_int
 from ...registry import HOOKS
+
+#: Of the state in the message hub, which checkpoints hold.
+_STATE = 'unroll_warmup'
 
 
 def equilibrium_layers(model):
@@ -32,10 +37,20 @@ class UnrollWarmupHook(Hook):
     solve. What applies follows from the Runner's iteration or epoch, so it is
     right after a resume too. Testing a checkpoint always solves.
 
+    With a ``threshold`` the unrolled phase ends earlier, once the equilibrium is
+    there: when the residual of the unrolled iteration, the median over the samples
+    of all processes' batches, averaged, is at most the threshold in ``readings``
+    readings in a row. That it has ended is part of checkpoints.
+
     Args:
         unroll_steps (int): Applications of f in the unrolled phase.
-        end (int): First iteration (or epoch) that solves; 0 never unrolls.
+        end (int): First iteration (or epoch) that solves at the latest; 0 never
+            unrolls.
         by_epoch (bool): Whether ``end`` counts epochs.
+        threshold (float, optional): Residual, relative, at which the phase may end
+            before. Default: it does not.
+        interval (int): Iterations between two readings.
+        readings (int): See above.
 
     Raises:
         TypeError: If a number is no integer.
@@ -45,9 +60,25 @@ class UnrollWarmupHook(Hook):
 
     priority = 'VERY_HIGH'
 
-    def __init__(self, unroll_steps=5, end=0, by_epoch=False):
+    def __init__(
+        self,
+        unroll_steps=5,
+        end=0,
+        by_epoch=False,
+        threshold=None,
+        interval=10,
+        readings=5,
+    ):
         check_int('UnrollWarmupHook.unroll_steps', unroll_steps, 1)
         check_int('UnrollWarmupHook.end', end, 0)
+        if threshold is not None:
+            check_amount('UnrollWarmupHook.threshold', threshold)
+        check_int('UnrollWarmupHook.interval', interval, 1)
+        check_int('UnrollWarmupHook.readings', readings, 1)
+        self.threshold = threshold
+        self.interval = interval
+        self.readings = readings
+        self._below, self._settled = 0, None
         self.unroll_steps = unroll_steps
         self.end = end
         self.by_epoch = by_epoch
@@ -65,8 +96,13 @@ class UnrollWarmupHook(Hook):
                 'under train_cfg.by_epoch=False, which counts no epochs: give the '
                 'iteration, with by_epoch=False'
             )
+        if self.threshold is not None:
+            # Of the checkpoint, where one is resumed.
+            found = runner.message_hub.runtime_info.get(_STATE, {})
+            self._below = found.get('below', 0)
+            self._settled = found.get('settled')
         last = runner.max_epochs if self.by_epoch else runner.max_iters
-        if 0 < last <= self.end:
+        if 0 < last <= self.end and self.threshold is None:
             runner.logger.warning(
                 f'UnrollWarmupHook.end={self.end} is not reached in this training of '
                 f'{last}: it is unrolled to the end, and never solves.'
@@ -76,12 +112,36 @@ class UnrollWarmupHook(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         self._apply(runner)
 
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if self.threshold is None or not self._unrolled:
+            return
+        if self.every_n_train_iters(runner, self.interval):
+            self._read(runner)
+
+    def _read(self, runner):
+        layers = equilibrium_layers(runner.model)
+        residual = torch.stack([x.last_solution.residual.median() for x in layers])
+        worst = residual.max().reshape(1)
+        # All processes have to switch at once.
+        all_reduce(worst, op='mean')
+        self._below = self._below + 1 if worst.item() <= self.threshold else 0
+        if self._below >= self.readings:
+            self._settled = runner.iter + 1
+            runner.logger.info(
+                f'The residual of the unrolled iteration was at most {self.threshold} '
+                f'in {self.readings} readings in a row ({worst.item():.2e} in the '
+                'last): the equilibrium is there.'
+            )
+        state = dict(below=self._below, settled=self._settled)
+        runner.message_hub.update_info(_STATE, state)
+
     def after_train(self, runner):
         self._unrolled = None
         self._set(runner, False)
 
     def _apply(self, runner):
-        self._set(runner, (runner.epoch if self.by_epoch else runner.iter) < self.end)
+        time = runner.epoch if self.by_epoch else runner.iter
+        self._set(runner, time < self.end and self._settled is None)
 
     def _set(self, runner, unrolled):
         if unrolled == self._unrolled:
@@ -90,9 +150,12 @@ class UnrollWarmupHook(Hook):
             layer.unroll_steps = self.unroll_steps if unrolled else None
         if unrolled:
             unit = 'epoch' if self.by_epoch else 'iteration'
+            early = ''
+            if self.threshold is not None:
+                early = f' or a residual of {self.threshold}'
             runner.logger.info(
                 f'Training unrolled, {self.unroll_steps} evaluations of f, '
-                f'until {unit} {self.end}.'
+                f'until {unit} {self.end}{early}.'
             )
         elif self._unrolled:
             runner.logger.info(

@@ -1,3 +1,4 @@
+from .equilibrium_metric import EquilibriumMetric
 from .multi_task_metric import MultiTaskMetric
 
-__all__ = ['MultiTaskMetric']
+__all__ = ['EquilibriumMetric', 'MultiTaskMetric']

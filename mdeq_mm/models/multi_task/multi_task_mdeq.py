@@ -9,10 +9,12 @@ from mmengine.model import BaseModel, Sequential
 
 from ...registry import MODELS
 from ...tasks import in_scope, require_toolboxes, serves, task_of
+from ..implicit_models import EquilibriumReport
+from ..implicit_models.equilibrium_report import annotate, recorded
 
 
 @MODELS.register_module()
-class MultiTaskMDEQ(BaseModel):
+class MultiTaskMDEQ(EquilibriumReport, BaseModel):
     """Classifier and segmentor on one backbone, trained on both tasks at once.
 
     Names in its checkpoints are those of mmpretrain's ``ImageClassifier``
@@ -149,7 +151,9 @@ class MultiTaskMDEQ(BaseModel):
         if mode == 'loss':
             return self.loss(groups)
         for group in groups:
-            self._predict(*group)
+            with recorded(self.equilibrium_layers) as solutions:
+                self._predict(*group)
+            annotate(group[-1], solutions)
         return data_samples
 
     def loss(self, groups):
@@ -161,8 +165,9 @@ class MultiTaskMDEQ(BaseModel):
         Returns:
             dict[str, Tensor]: ``cls.*``, ``decode.*`` and ``aux.*``. Where images
             with one label and images with both feed a head, its entries are means
-            over all of them.
+            over all of them. With a :class:`JacobianScheduleHook` ``loss_jac`` too.
         """
+        self.forget_losses()
         losses, counts = {}, {}
         for task, images, samples in groups:
             maps = self.backbone(images)
@@ -179,7 +184,7 @@ class MultiTaskMDEQ(BaseModel):
         for (head, key), parts in losses.items():
             total = sum(n * value for n, value in parts) / counts[head]
             out[key] = total * (self.loss_weights[head] if 'loss' in key else 1)
-        return out
+        return out | self.equilibrium_losses()
 
     def _features(self, maps):
         return maps if self.neck is None else self.neck(maps)

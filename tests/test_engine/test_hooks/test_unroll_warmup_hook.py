@@ -1,12 +1,19 @@
 import pytest
 import torch
+from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from torch import nn
 
 from mdeq_mm.engine import UnrollWarmupHook
 from mdeq_mm.engine.hooks.unroll_warmup_hook import equilibrium_layers
 from mdeq_mm.registry import HOOKS
-from tests.helpers import logged
+from tests.helpers import (
+    logged,
+    logits_of,
+    project_classifier,
+    project_golden,
+    relative,
+)
 
 from .conftest import Classifier, watched
 
@@ -197,3 +204,115 @@ def test_layers_are_found_in_wrapped_models():
     both = nn.ModuleList([model, Classifier()])
     assert len(equilibrium_layers(both)) == 2
     assert torch.equal(both[0].head.weight, model.head.weight)
+
+
+class Given(Hook):
+    """Puts residuals in the place of what the unrolled iteration found."""
+
+    priority = 'HIGHEST'
+
+    def __init__(self, residuals):
+        self.residuals = residuals
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        layer = runner.model.backbone.equilibrium
+        residual = layer.last_solution.residual
+        residual.fill_(self.residuals[runner.iter])
+
+
+class TestThreshold:
+    ITERATIONS = dict(by_epoch=False, max_iters=8, val_interval=100)
+
+    def train(self, make_runner, residuals, end=7, readings=2, **options):
+        hooks = (
+            Given(residuals),
+            dict(type='UnrollWarmupHook', unroll_steps=2, end=end, threshold=0.1,
+                 interval=1, readings=readings),
+        )  # fmt: skip
+        runner = make_runner(hooks, self.ITERATIONS, **options)
+        with logged() as self.said:
+            runner.train()
+        unrolled = [steps is not None for _, (steps, _) in watched(runner).train]
+        return runner, unrolled
+
+    def test_leaves_after_readings_in_a_row(self, make_runner):
+        residuals = [1, 0.09, 0.2, 0.05, 0.09, 1, 1, 1]
+        _, unrolled = self.train(make_runner, residuals)
+        assert unrolled == [True] * 5 + [False] * 3
+
+    def test_leaves_at_the_end_at_the_latest(self, make_runner):
+        _, unrolled = self.train(make_runner, [1] * 8)
+        assert unrolled == [True] * 7 + [False]
+
+    def test_does_not_come_back(self, make_runner):
+        _, unrolled = self.train(make_runner, [0, 0] + [1] * 6)
+        assert unrolled == [True] * 2 + [False] * 6
+
+    @pytest.mark.parametrize('stop', [1, 2, 4])
+    def test_its_state_survives_a_resume(self, make_runner, resumable, tmp_path, stop):
+        """Stopped with one reading of two, at the second one, and after it."""
+        residuals = [0, 0] + [1] * 6
+        _, whole = self.train(
+            make_runner,
+            residuals,
+            default_hooks=dict(
+                checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1)
+            ),
+        )
+        _, rest = self.train(
+            make_runner,
+            residuals,
+            load_from=str(tmp_path / f'iter_{stop}.pth'),
+            resume=True,
+        )
+        assert rest == whole[stop:]
+
+    def test_weights_alone_carry_no_state(self, make_runner, resumable, tmp_path):
+        self.train(
+            make_runner,
+            [0] * 8,
+            default_hooks=dict(
+                checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=8)
+            ),
+        )
+        _, unrolled = self.train(
+            make_runner, [1] * 8, load_from=str(tmp_path / 'iter_8.pth')
+        )
+        assert unrolled == [True] * 7 + [False]
+
+    def test_a_long_end_is_no_reason_to_warn(self, make_runner):
+        self.train(make_runner, [0] * 8, end=1000)
+        said = self.said
+        assert not any('is not reached' in line for line in said)
+        assert any('until iteration 1000 or a residual of 0.1' in line for line in said)
+        assert any('the equilibrium is there' in line for line in said)
+
+    @pytest.mark.parametrize(
+        ('arguments', 'words'),
+        [
+            (dict(threshold=-1), 'threshold=-1'),
+            (dict(threshold=0.1, interval=0), 'interval=0'),
+            (dict(threshold=0.1, readings=0), 'readings=0'),
+        ],
+    )
+    def test_bad_arguments_are_refused(self, arguments, words):
+        with pytest.raises(ValueError, match=f'UnrollWarmupHook.{words}'):
+            UnrollWarmupHook(**arguments)
+
+
+def test_switching_does_not_jump_the_loss_on_a_contractive_model():
+    """Many unrolled steps and the solve give one loss and one gradient."""
+    model = project_classifier().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    golden = project_golden()
+    found = []
+    for steps in (60, None):
+        model.backbone.equilibrium.unroll_steps = steps
+        logits = logits_of(model, golden['input'].double())
+        loss = torch.nn.functional.cross_entropy(logits, golden['target'])
+        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        found.append((loss.item(), [g for g in grads if g is not None]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
+    assert relative(found[0][1], found[1][1]) < 1e-6
