@@ -14,6 +14,8 @@ default_hooks = dict(
     # Entries here and not in custom_hooks: a config that sets its own
     # custom_hooks replaces the whole list, while this dict is merged.
     guard=dict(type='CheckpointGuardHook'),
+    failure=dict(type='FailureReportHook'),
+    caption=dict(type='EquilibriumCaptionHook'),
     data=dict(type='DataGuardHook'),
 )
 

@@ -7,7 +7,7 @@ _base_ = [
 
 # Training images smaller than a crop are padded to its size.
 model = dict(data_preprocessor=dict(size=(512, 1024)))
-optim_wrapper = dict(optimizer=dict(weight_decay=3e-4))
+optim_wrapper = dict(type='EquilibriumOptimWrapper', optimizer=dict(weight_decay=3e-4))
 
 # Training starts with 3 unrolled steps of f: without an equilibrium that is found,
 # its implicit gradient means nothing.
@@ -16,3 +16,8 @@ default_hooks = dict(
     warmup=dict(type='UnrollWarmupHook', unroll_steps=3, end=60000, by_epoch=False),
     monitor=dict(type='EquilibriumMonitorHook'),
 )
+
+# How the solves ended, beside the results.
+val_evaluator = [{{_base_.val_evaluator}}, dict(type='EquilibriumMetric')]
+test_evaluator = val_evaluator
+tta_model = dict(type='ImplicitSegTTAModel')

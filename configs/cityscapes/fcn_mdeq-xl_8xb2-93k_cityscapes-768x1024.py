@@ -15,3 +15,10 @@ default_hooks = dict(
     warmup=dict(type='UnrollWarmupHook', unroll_steps=3, end=40000, by_epoch=False),
     monitor=dict(type='EquilibriumMonitorHook'),
 )
+
+# Drops steps that would make weights non-finite, and warns of failed solves.
+optim_wrapper = dict(type='EquilibriumOptimWrapper')
+# How the solves ended, beside the results.
+val_evaluator = [{{_base_.val_evaluator}}, dict(type='EquilibriumMetric')]
+test_evaluator = val_evaluator
+tta_model = dict(type='ImplicitSegTTAModel')

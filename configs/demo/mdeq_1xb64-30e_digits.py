@@ -14,4 +14,10 @@ default_hooks = dict(
     warmup=dict(type='UnrollWarmupHook', unroll_steps=4, end=10, by_epoch=True),
     monitor=dict(type='EquilibriumMonitorHook', interval=6),
 )
+
+# Drops steps that would make weights non-finite, and warns of failed solves.
+optim_wrapper = dict(type='EquilibriumOptimWrapper')
+# How the solves ended, beside the results.
+val_evaluator = [{{_base_.val_evaluator}}, dict(type='EquilibriumMetric')]
+test_evaluator = val_evaluator
 randomness = dict(seed=0)

@@ -33,6 +33,13 @@ PARAMETERS = dict(
     mdeq_large_cifar=11_097_438,
 )
 
+# What docs/choosing.md recommends.
+RECOMMENDED = dict(
+    solver=dict(type='AndersonSolver', max_steps=8, tol=1e-3, memory=5),
+    eval_solver=dict(type='AndersonSolver', max_steps=20, tol=1e-3, memory=5),
+    gradient=dict(type='PhantomGradient', steps=5),
+)
+
 # Config of each official model, and its published settings: GPUs, batch, epochs;
 # unrolled layers and iterations; limits of Broyden's method, norm; optimiser,
 # learning rate, weight decay.
@@ -148,10 +155,13 @@ def test_official_settings(name):
 
 
 @pytest.mark.parametrize('name', sorted(OFFICIAL))
-def test_defaults_differ_from_the_official_ones_in_the_tolerance_alone(name):
+def test_defaults_differ_from_the_official_ones_in_solver_and_gradient_alone(name):
     default, official = read(name.format('')), read(name.format('_official'))
-    assert default.model.backbone.solver.norm == 'rel'
-    official.model.backbone.solver.norm = 'rel'
+    assert official.model.backbone.pop('eval_solver') is None
+    found = {k: default.model.backbone.pop(k) for k in RECOMMENDED}
+    assert found == RECOMMENDED
+    for key in ('solver', 'gradient'):
+        assert official.model.backbone.pop(key) != found[key]
     if 'xl' in name:
         # Officially unrolled to the end; here for the same share as the others.
         assert default.default_hooks.warmup.end == 510_000 // 2
@@ -162,20 +172,27 @@ def test_defaults_differ_from_the_official_ones_in_the_tolerance_alone(name):
 @pytest.mark.parametrize('baseline', BASELINES)
 @pytest.mark.parametrize('name', sorted(BESIDE))
 def test_baselines_differ_in_the_model_alone(name, baseline):
-    """Same data, schedule and runtime; only MDEQ's has a warm-up."""
+    """Same data, schedule and runtime; MDEQ's has a warm-up, and is watched."""
     mdeq = read(name).to_dict()
     peer = read(f'{Path(name).parent}/{baseline}{BESIDE[name]}').to_dict()
     for cfg in (mdeq, peer):
         assert cfg.pop('model')
     assert mdeq['default_hooks'].pop('warmup')
     assert mdeq['default_hooks'].pop('monitor')
+    for key in ('val_evaluator', 'test_evaluator'):
+        *found, metric = mdeq.pop(key)
+        assert found == [peer.pop(key)]
+        assert metric == dict(type='EquilibriumMetric')
+    assert mdeq['optim_wrapper'].pop('type') == 'EquilibriumOptimWrapper'
+    peer['optim_wrapper'].pop('type', None)
     assert mdeq == peer
 
 
 def test_runtime_is_that_of_the_toolbox():
     ours, theirs = own('default_runtime.py'), toolbox('default_runtime.py')
     assert ours.pop('custom_imports')
-    assert ours['default_hooks'].pop('guard')
+    for hook in ('guard', 'failure', 'caption'):
+        assert ours['default_hooks'].pop(hook)
     assert ours == theirs
 
 

@@ -23,6 +23,13 @@ LARGE = 'fcn_mdeq-large{}_4xb3-124k_cityscapes-512x1024.py'
 XL = 'fcn_mdeq-xl{}_8xb2-93k_cityscapes-768x1024.py'
 BESIDE = '_4xb3-124k_cityscapes-512x1024.py'
 
+# What docs/choosing.md recommends.
+RECOMMENDED = dict(
+    solver=dict(type='AndersonSolver', max_steps=8, tol=1e-3, memory=5),
+    eval_solver=dict(type='AndersonSolver', max_steps=20, tol=1e-3, memory=5),
+    gradient=dict(type='PhantomGradient', steps=5),
+)
+
 # Published settings of the official models: GPUs, batch; unrolled layers and
 # iterations; limits of Broyden's method; weight decay; crop; dropout; channels; all
 # parameters, with a bias before the norm of the head that ours does not have.
@@ -140,7 +147,7 @@ def test_the_name_states_what_the_config_holds(name):
     assert backbone.type == dict(mdeq='MDEQ', hr='HRNet', r='ResNetV1c')[kind]
     if kind == 'mdeq':
         assert backbone.arch == size
-        assert backbone.solver.norm == ('abs' if official else 'rel')
+        assert backbone.solver.get('norm', 'rel') == ('abs' if official else 'rel')
     elif kind == 'r':
         assert backbone.depth == int(size)
     else:
@@ -198,10 +205,13 @@ def test_official_settings(name):
 
 
 @pytest.mark.parametrize('name', sorted(OFFICIAL))
-def test_defaults_differ_from_the_official_ones_in_the_tolerance_alone(name):
+def test_defaults_differ_from_the_official_ones_in_solver_and_gradient_alone(name):
     default, official = read(name.format('')), read(name.format('_official'))
-    assert default.model.backbone.solver.norm == 'rel'
-    official.model.backbone.solver.norm = 'rel'
+    assert official.model.backbone.pop('eval_solver') is None
+    found = {k: default.model.backbone.pop(k) for k in RECOMMENDED}
+    assert found == RECOMMENDED
+    for key in ('solver', 'gradient'):
+        assert official.model.backbone.pop(key) != found[key]
     assert default.to_dict() == official.to_dict()
 
 
@@ -224,7 +234,7 @@ def test_other_heads_stand_on_the_same_backbone(head):
 
 @pytest.mark.parametrize('baseline', sorted(BASELINES))
 def test_baselines_differ_in_the_model_alone(baseline):
-    """Same data, schedule and runtime; only MDEQ's has a warm-up."""
+    """Same data, schedule and runtime; MDEQ's has a warm-up, and is watched."""
     mdeq, peer = read(SMALL.format('')), read(baseline + BESIDE)
     size = mdeq.model.data_preprocessor.size
     assert peer.model.data_preprocessor.size == size
@@ -234,6 +244,14 @@ def test_baselines_differ_in_the_model_alone(baseline):
             assert cfg.pop(key)
     assert mdeq['default_hooks'].pop('warmup')
     assert mdeq['default_hooks'].pop('monitor')
+    for key in ('val_evaluator', 'test_evaluator'):
+        *found, metric = mdeq.pop(key)
+        assert found == [peer.pop(key)]
+        assert metric == dict(type='EquilibriumMetric')
+    assert mdeq['optim_wrapper'].pop('type') == 'EquilibriumOptimWrapper'
+    peer['optim_wrapper'].pop('type', None)
+    assert mdeq.pop('tta_model') == dict(type='ImplicitSegTTAModel')
+    assert peer.pop('tta_model') == dict(type='SegTTAModel')
     assert mdeq == peer
 
 
@@ -295,7 +313,7 @@ def test_runtime_is_that_of_the_toolbox():
     assert ours.pop('custom_imports')
     # mmengine's default, written out as in the runtime for classification.
     assert ours.pop('randomness') == dict(seed=None, deterministic=False)
-    for added in ('guard', 'data'):
+    for added in ('guard', 'data', 'failure', 'caption'):
         assert ours['default_hooks'].pop(added)
     assert ours.pop('default_hooks') == hooks
     assert ours == theirs

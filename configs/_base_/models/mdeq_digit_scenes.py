@@ -11,7 +11,7 @@ data_preprocessor = dict(
     size=(64, 64),
 )
 model = dict(
-    type='EncoderDecoder',
+    type='ImplicitEncoderDecoder',
     data_preprocessor=data_preprocessor,
     backbone=dict(
         type='MDEQ',

@@ -1,7 +1,7 @@
 # An MDEQ of about 100 thousand parameters for 32x32 images: three branches at
 # 8x8, 4x4 and 2x2 pixels.
 model = dict(
-    type='ImageClassifier',
+    type='ImplicitImageClassifier',
     backbone=dict(
         type='MDEQ',
         arch=dict(
