@@ -15,14 +15,18 @@ class StateSpec:
     Attributes:
         shapes (tuple[tuple[int, ...], ...]): Shape of each map without its batch
             dimension, in the order in which they lie in the state.
+        channels_last (bool): Whether maps (N, C, H, W) lie in it with their channels
+            last, as :data:`torch.channels_last` has them.
     """
 
     shapes: tuple[tuple[int, ...], ...]
+    channels_last: bool = False
 
     @classmethod
     def of(cls, maps: Sequence[Tensor]):
-        """The spec of given maps, each (N, ...)."""
-        return cls(tuple(tuple(m.shape[1:]) for m in maps))
+        """The spec of given maps, each (N, ...), in the memory format of the first."""
+        shapes = tuple(tuple(m.shape[1:]) for m in maps)
+        return cls(shapes, bool(maps) and has_channels_last(maps[0]))
 
     @property
     def sizes(self):
@@ -52,12 +56,14 @@ class StateSpec:
         Raises:
             ValueError: If the maps have other shapes than the spec.
         """
-        found = StateSpec.of(maps)
-        if found != self:
+        found = tuple(tuple(m.shape[1:]) for m in maps)
+        if found != self.shapes:
             raise ValueError(
-                f'maps of shapes {found.shapes} do not fit the state, which has '
+                f'maps of shapes {found} do not fit the state, which has '
                 f'{self.shapes}: f must return maps of the shapes it is given'
             )
+        if self.channels_last:
+            maps = [m.movedim(1, -1) if m.dim() == 4 else m for m in maps]
         flat = torch.cat([m.flatten(1) for m in maps], dim=1)
         return flat if dtype is None else flat.to(dtype)
 
@@ -70,7 +76,19 @@ class StateSpec:
         Returns:
             list[Tensor]: Maps (N, *shape) that share the memory of ``flat``.
         """
-        parts = flat.split(self.sizes, dim=1)
+        parts = zip(flat.split(self.sizes, dim=1), self.shapes, strict=True)
+        if not self.channels_last:
+            return [part.unflatten(1, shape) for part, shape in parts]
         return [
-            p.unflatten(1, shape) for p, shape in zip(parts, self.shapes, strict=True)
+            part.unflatten(1, (*shape[1:], shape[0])).movedim(-1, 1)
+            if len(shape) == 3
+            else part.unflatten(1, shape)
+            for part, shape in parts
         ]
+
+
+def has_channels_last(t: Tensor):
+    """Whether a tensor (N, C, H, W) lies in memory with its channels last."""
+    if t.dim() != 4 or t.is_contiguous():
+        return False
+    return t.is_contiguous(memory_format=torch.channels_last)

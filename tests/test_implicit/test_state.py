@@ -56,3 +56,41 @@ def test_maps_of_other_shapes_are_refused(maps):
         spec.pack([maps[0][:, :, :4], *maps[1:]])
     with pytest.raises(ValueError, match='must return maps of the shapes'):
         spec.pack(maps[:2])
+
+
+class TestChannelsLast:
+    @pytest.fixture
+    def maps(self):
+        shapes = [(2, 4, 3, 5), (2, 8, 2, 3)]
+        return [torch.randn(s).to(memory_format=torch.channels_last) for s in shapes]
+
+    def test_there_and_back(self, maps):
+        spec = StateSpec.of(maps)
+        assert spec.channels_last
+        flat = spec.pack(maps)
+        found = spec.unpack(flat)
+        for mine, expected in zip(found, maps, strict=True):
+            assert torch.equal(mine, expected)
+            # A view of the state in the same format, and not a copy.
+            assert mine[0].stride() == expected[0].stride()
+            assert mine.untyped_storage().data_ptr() == flat.data_ptr()
+
+    def test_maps_of_either_format_are_taken(self, maps):
+        spec = StateSpec.of(maps)
+        mixed = [maps[0].contiguous(), maps[1]]
+        assert torch.equal(spec.pack(mixed), spec.pack(maps))
+        assert torch.equal(
+            StateSpec.of(mixed).pack(maps),
+            torch.cat([m.contiguous().flatten(1) for m in maps], 1),
+        )
+
+    def test_where_both_are_the_same_it_is_the_plain_one(self):
+        maps = [torch.randn(2, 1, 3, 5).to(memory_format=torch.channels_last)]
+        assert not StateSpec.of(maps).channels_last
+
+    def test_vectors_beside_maps(self):
+        maps = [torch.randn(2, 4, 3, 5).to(memory_format=torch.channels_last),
+                torch.randn(2, 7)]  # fmt: skip
+        spec = StateSpec.of(maps)
+        for mine, expected in zip(spec.unpack(spec.pack(maps)), maps, strict=True):
+            assert torch.equal(mine, expected)

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...implicit import EquilibriumLayer, StateSpec
+from ...implicit.state import has_channels_last
 from ...registry import MODELS
 from ...utils.checkpoint import check_no_more, check_state_dict, init_pretrained
 from ..layers import MultiscaleFunction, channel_mask
@@ -191,11 +192,15 @@ class MDEQ(BaseModule):
         return tuple(maps[i].to(x.dtype) for i in self.out_indices)
 
     def _start(self, injection):
-        """States of zeros for an injection."""
+        """States of zeros for an injection, in its memory format."""
         n, _, height, width = injection.shape
+        memory_format = torch.contiguous_format
+        if has_channels_last(injection):
+            memory_format = torch.channels_last
         start = []
         for channels in self.arch.channels:
-            start.append(injection.new_zeros(n, channels, height, width))
+            state = injection.new_zeros(n, channels, height, width)
+            start.append(state.contiguous(memory_format=memory_format))
             height, width = -(-height // 2), -(-width // 2)
         return start
 

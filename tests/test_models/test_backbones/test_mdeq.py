@@ -755,3 +755,31 @@ def test_a_broken_image_harms_no_other(gradient, with_cp):
     for a, b in zip(maps, mixed_maps, strict=True):
         assert relative(b[[0, 2, 3]], a) < 1e-9
     assert relative(mixed_grads, grads) < 1e-9
+
+
+@pytest.mark.parametrize('warm', [False, True])
+def test_channels_last_through_the_whole_solve(warm):
+    """The state keeps the format, and f is given maps in it; numbers are the same."""
+    model = project_classifier(warm_start=warm)
+    images = project_golden()['input'].double()
+    with torch.no_grad():
+        expected = model.backbone(images)
+        model.to(memory_format=torch.channels_last)
+        formats = []
+        layer = model.backbone.equilibrium
+        layer.last_solution = None
+        call = layer._function
+
+        def watched(weights, maps, *inputs):
+            formats.extend(
+                m.is_contiguous() for m in (*maps, *inputs) if m.shape[1] > 1
+            )
+            return call(weights, maps, *inputs)
+
+        layer._function = watched
+        watched.tensors = call.tensors
+        for _ in range(2):
+            found = model.backbone(images.to(memory_format=torch.channels_last))
+    assert formats and not any(formats)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)

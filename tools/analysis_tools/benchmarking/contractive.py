@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from mdeq_mm.implicit import AndersonSolver, Gradient, UnrolledGradient, hutchinson
+from mdeq_mm.implicit import (
+    AndersonSolver,
+    Gradient,
+    StateSpec,
+    UnrolledGradient,
+    hutchinson,
+)
 from mdeq_mm.implicit import spectral_radius as radius_of
 
 from .cases import build_classifier, mdeq_config
@@ -158,5 +164,5 @@ def captured(backbone, images):
         handle.remove()
         layer.eval_solver = solver
     (arguments,) = seen
-    start = torch.cat([m.flatten(1) for m in arguments[0]], 1).float()
+    start = StateSpec.of(arguments[0]).pack(arguments[0]).float()
     return layer.equation(*arguments), start, arguments
