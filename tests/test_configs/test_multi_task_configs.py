@@ -98,10 +98,12 @@ def test_parts_are_those_of_the_single_tasks(path):
         single = seg[f'{stage}_dataloader']
         assert [loader[k] for k in sampling] == [single[k] for k in sampling]
         if stage != 'train':
-            assert joint[f'{stage}_evaluator'] == dict(
+            found, metric = joint[f'{stage}_evaluator']
+            assert metric == dict(type='EquilibriumMetric')
+            assert found == dict(
                 type='MultiTaskMetric',
-                cls=cls[f'{stage}_evaluator'],
-                seg=seg[f'{stage}_evaluator'],
+                cls=cls[f'{stage}_evaluator'][0],
+                seg=seg[f'{stage}_evaluator'][0],
             )
     for part in ('optim_wrapper', 'param_scheduler', 'train_cfg', 'auto_scale_lr'):
         assert joint[part] == seg[part]
@@ -133,7 +135,8 @@ def test_both_tasks_have_about_as_many_pixels():
 def test_hooks_and_metrics_are_built(path):
     cfg = Config.fromfile(path)
     init_default_scope(cfg.default_scope)
-    metric = METRICS.build(cfg.val_evaluator)
+    metric, equilibrium = map(METRICS.build, cfg.val_evaluator)
+    assert type(equilibrium).__name__ == 'EquilibriumMetric'
     names = {k: [type(m).__name__ for m in v] for k, v in metric.metrics.items()}
     assert names == dict(cls=['Accuracy'], seg=['IoUMetric'])
 
