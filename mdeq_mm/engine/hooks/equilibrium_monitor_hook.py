@@ -8,7 +8,7 @@ from ...implicit import Status, spectral_radius
 from ...implicit.checks import check_int
 from ...registry import HOOKS
 from ...utils.residual_plot import ResidualPlot
-from .unroll_warmup_hook import equilibrium_layers
+from .layers import equilibrium_layers
 
 
 @HOOKS.register_module()

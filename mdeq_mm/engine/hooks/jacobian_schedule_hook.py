@@ -4,12 +4,10 @@ import random
 
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
-from mmengine.runner import IterBasedTrainLoop
 
 from ...implicit.checks import check_amount, check_int, check_share
 from ...registry import HOOKS
-from .unroll_warmup_hook import equilibrium_layers
+from .layers import check_epochs, equilibrium_layers, required_layers, unwrapped
 
 #: Models that add the equilibrium's losses to their own.
 CAPABLE = 'ImplicitImageClassifier, ImplicitEncoderDecoder or MultiTaskMDEQ'
@@ -85,26 +83,17 @@ class JacobianScheduleHook(Hook):
         self.by_epoch = by_epoch
 
     def before_train(self, runner):
-        model = _unwrapped(runner)
+        model = unwrapped(runner.model)
         if not hasattr(model, 'set_jacobian'):
             raise ValueError(
                 f'JacobianScheduleHook is set, but model.type={type(model).__name__} '
                 f'does not add the Jacobian loss to its losses: use {CAPABLE}'
             )
-        if not equilibrium_layers(model):
-            raise ValueError(
-                'JacobianScheduleHook is set, but the model has no equilibrium layer: '
-                "remove the hook, or use a backbone of type='MDEQ'"
-            )
-        if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
-            raise ValueError(
-                'JacobianScheduleHook.by_epoch=True has no meaning under '
-                'train_cfg.by_epoch=False, which counts no epochs: give iterations, '
-                'with by_epoch=False'
-            )
+        required_layers(runner, self)
+        check_epochs(runner, self)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        model = _unwrapped(runner)
+        model = unwrapped(runner.model)
         weight = self.weight_at(
             runner.epoch if self.by_epoch else runner.iter,
             any(x.unroll_steps is not None for x in equilibrium_layers(model)),
@@ -116,7 +105,7 @@ class JacobianScheduleHook(Hook):
         model.set_jacobian(weight, self.probes, seed)
 
     def after_train(self, runner):
-        _unwrapped(runner).set_jacobian(0)
+        unwrapped(runner.model).set_jacobian(0)
 
     def weight_at(self, time, unrolled):
         """Factor of the loss, where it is drawn.
@@ -138,8 +127,3 @@ class JacobianScheduleHook(Hook):
 
 def _random(runner, *purpose):
     return random.Random(f'{runner.seed} {runner.iter} {purpose}')
-
-
-def _unwrapped(runner):
-    model = runner.model
-    return model.module if is_model_wrapper(model) else model

@@ -3,11 +3,10 @@
 import copy
 
 from mmengine.hooks import Hook
-from mmengine.runner import IterBasedTrainLoop
 
 from ...implicit.checks import check_int
 from ...registry import HOOKS
-from .unroll_warmup_hook import equilibrium_layers
+from .layers import check_epochs, equilibrium_layers, required_layers
 
 _FIELDS = ('solver', 'gradient')
 _ENTRIES = ('max_steps', 'tol')
@@ -61,18 +60,8 @@ class SolverScheduleHook(Hook):
         self._applied = 0
 
     def before_train(self, runner):
-        layers = equilibrium_layers(runner.model)
-        if not layers:
-            raise ValueError(
-                'SolverScheduleHook is set, but the model has no equilibrium layer: '
-                "remove the hook, or use a backbone of type='MDEQ'"
-            )
-        if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
-            raise ValueError(
-                'SolverScheduleHook.by_epoch=True has no meaning under '
-                'train_cfg.by_epoch=False, which counts no epochs: give iterations, '
-                'with by_epoch=False'
-            )
+        layers = required_layers(runner, self)
+        check_epochs(runner, self)
         for layer in layers:
             # Solvers may be shared, with evaluation and between them.
             layer.solver = copy.copy(layer.solver)

@@ -3,29 +3,13 @@
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
-from mmengine.runner import IterBasedTrainLoop
 
-from ...implicit import EquilibriumLayer
 from ...implicit.checks import check_amount, check_int
 from ...registry import HOOKS
+from .layers import check_epochs, equilibrium_layers, required_layers
 
 #: Of the state in the message hub, which checkpoints hold.
 _STATE = 'unroll_warmup'
-
-
-def equilibrium_layers(model):
-    """All equilibrium layers in a model, wrapped or not.
-
-    Args:
-        model (nn.Module): The model.
-
-    Returns:
-        list[EquilibriumLayer]: In the order of the model's modules.
-    """
-    if is_model_wrapper(model):
-        model = model.module
-    return [m for m in model.modules() if isinstance(m, EquilibriumLayer)]
 
 
 @HOOKS.register_module()
@@ -85,17 +69,8 @@ class UnrollWarmupHook(Hook):
         self._unrolled = None
 
     def before_train(self, runner):
-        if not equilibrium_layers(runner.model):
-            raise ValueError(
-                'UnrollWarmupHook is set, but the model has no equilibrium layer: '
-                "remove the hook, or use a backbone of type='MDEQ'"
-            )
-        if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
-            raise ValueError(
-                f'UnrollWarmupHook.by_epoch=True with end={self.end} has no meaning '
-                'under train_cfg.by_epoch=False, which counts no epochs: give the '
-                'iteration, with by_epoch=False'
-            )
+        required_layers(runner, self)
+        check_epochs(runner, self)
         if self.threshold is not None:
             # Of the checkpoint, where one is resumed.
             found = runner.message_hub.runtime_info.get(_STATE, {})

@@ -4,6 +4,7 @@ import torch
 
 from ...registry import GRADIENTS
 from ..solvers import build_solver
+from ..solvers.base import require_relative
 from .base import Gradient, equilibrium, unit
 
 _DEFAULT = dict(type='BroydenSolver', max_steps=30, tol=1e-6)
@@ -21,18 +22,21 @@ class ImplicitGradient(Gradient):
     Args:
         solver (dict | Solver, optional): Solver of the backward pass; its norm
             must be 'rel'. Default: Broyden, 30 evaluations, tolerance 1e-6.
+        warm_start (bool): Whether a backward solve starts from the adjoints of the
+            one before, sample by sample, where the shapes are the same. That pays
+            where consecutive steps see the same or similar samples in the same
+            places, as in fitting one batch or a video. One state is kept between
+            the steps for it.
 
     Raises:
         ValueError: If the solver's norm is not 'rel'.
     """
 
-    def __init__(self, solver=None):
+    def __init__(self, solver=None, warm_start=False):
         self.solver = build_solver(solver or _DEFAULT)
-        if self.solver.norm != 'rel':
-            raise ValueError(
-                f'solver.norm={self.solver.norm!r} cannot be used: the '
-                "backward solve runs on a gradient scaled to unit norm, use 'rel'"
-            )
+        require_relative(self.solver, 'solver')
+        self.warm_start = warm_start
+        self._last = None
 
     def __call__(self, equation, start, solver, trace=False):
         solution = solver.solve(equation, start, trace=trace)
@@ -40,7 +44,13 @@ class ImplicitGradient(Gradient):
 
     def _adjoint(self, product, grad):
         direction, norm = unit(grad)
-        solution = self.solver.solve(
-            lambda y: product(y) + direction, torch.zeros_like(direction)
-        )
+        start = torch.zeros_like(direction)
+        if self.warm_start and self._last is not None:
+            last, residual = self._last
+            if last.shape == start.shape and last.device == start.device:
+                # One that was worse than zero would only mislead.
+                start = torch.where((residual < 1)[:, None], last.to(start), start)
+        solution = self.solver.solve(lambda y: product(y) + direction, start)
+        if self.warm_start:
+            self._last = solution.value, solution.residual
         return solution.value * norm, solution

@@ -6,7 +6,7 @@ from ...registry import GRADIENTS
 from ..checks import check_share
 from ..solution import Solution, Status
 from ..solvers import BroydenSolver, build_solver
-from ..solvers.base import residual_of
+from ..solvers.base import require_relative, residual_of
 from ..solvers.rows import combine, project
 from .base import Gradient, equilibrium, infinite, unit
 
@@ -39,11 +39,8 @@ class SharedInverseGradient(Gradient):
         check_share('limit', limit)
         self.limit = float(limit)
         self.fallback = None if fallback is None else build_solver(fallback, 'fallback')
-        if self.fallback is not None and self.fallback.norm != 'rel':
-            raise ValueError(
-                f'fallback.norm={self.fallback.norm!r} cannot be used: the backward '
-                "solve runs on a gradient scaled to unit norm, use 'rel'"
-            )
+        if self.fallback is not None:
+            require_relative(self.fallback, 'fallback')
 
     def check(self, solver):
         """Refuse solvers that build no inverse."""

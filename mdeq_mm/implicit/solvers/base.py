@@ -16,6 +16,15 @@ def build_solver(cfg, field='solver'):
     return build_from(SOLVERS, cfg, field)
 
 
+def require_relative(solver, field):
+    """Refuse a solver for the backward pass whose residual is absolute."""
+    if solver.norm != 'rel':
+        raise ValueError(
+            f'{field}.norm={solver.norm!r} cannot be used: the backward solve runs on '
+            "a gradient scaled to unit norm, use 'rel'"
+        )
+
+
 def finite_rows(t: Tensor):
     """Which samples of t (N, D) are finite, (N,) bool.
 

@@ -80,3 +80,60 @@ def test_only_relative_solves_are_taken():
 def test_bad_solvers_are_refused(solver, error, words):
     with pytest.raises(error, match=words):
         ImplicitGradient(solver)
+
+
+class TestWarmStart:
+    def passes(self, equation, cotangents, **options):
+        """Evaluations and gradients of consecutive backward passes."""
+        gradient = ImplicitGradient(
+            BroydenSolver(60, 1e-10), warm_start=options.pop('warm_start', True)
+        )
+        found = []
+        for cotangent in cotangents:
+            out, solution = gradient(
+                equation, torch.zeros_like(cotangent), BroydenSolver(60, 1e-12)
+            )
+            grads = torch.autograd.grad(out, equation.tensors, cotangent)
+            found.append((solution.adjoint.steps.max().item(), grads))
+        return found
+
+    def test_the_same_again_takes_no_time_and_gives_the_same(self):
+        equation = tanh(3, 20)
+        cotangent = torch.randn(3, 20).double()
+        # Scale does not matter: the solve runs on unit gradients.
+        first, second = self.passes(equation, [cotangent, 5 * cotangent])
+        assert first[0] > 5 and second[0] == 1
+        for one, two in zip(first[1], second[1], strict=True):
+            torch.testing.assert_close(5 * one, two, rtol=1e-8, atol=1e-10)
+
+    def test_similar_gradients_take_less(self):
+        equation = tanh(3, 20)
+        cotangent = torch.randn(3, 20).double()
+        near = cotangent + 1e-6 * torch.randn(3, 20).double()
+        first, second = self.passes(equation, [cotangent, near])
+        cold = self.passes(equation, [cotangent, near], warm_start=False)
+        assert second[0] < first[0]
+        assert cold[1][0] == pytest.approx(cold[0][0], abs=1)
+        for one, two in zip(second[1], cold[1][1], strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
+
+    def test_other_shapes_start_anew(self):
+        gradient = ImplicitGradient(BroydenSolver(60, 1e-10), warm_start=True)
+        for n in (3, 2):
+            equation = tanh(n, 20)
+            out, solution = gradient(
+                equation, torch.zeros(n, 20).double(), BroydenSolver(60, 1e-12)
+            )
+            out.sum().backward()
+            assert solution.adjoint.steps.min() > 3
+
+    def test_a_failed_adjoint_is_not_started_from(self):
+        equation = tanh(3, 20)
+        gradient = ImplicitGradient(BroydenSolver(60, 1e-10), warm_start=True)
+        cotangent = torch.randn(3, 20).double()
+        gradient._last = (1e30 * cotangent, torch.tensor([2.0, torch.inf, 1.0]))
+        out, solution = gradient(
+            equation, torch.zeros_like(cotangent), BroydenSolver(60, 1e-12)
+        )
+        (out * cotangent).sum().backward()
+        assert solution.adjoint.converged.all()

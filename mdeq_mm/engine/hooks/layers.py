@@ -1,0 +1,60 @@
+"""What hooks on equilibrium layers have in common."""
+
+from mmengine.model import is_model_wrapper
+from mmengine.runner import IterBasedTrainLoop
+
+from ...implicit import EquilibriumLayer
+
+
+def unwrapped(model):
+    """The model itself, out of the wrapper of distributed training."""
+    return model.module if is_model_wrapper(model) else model
+
+
+def equilibrium_layers(model):
+    """All equilibrium layers in a model, wrapped or not.
+
+    Args:
+        model (nn.Module): The model.
+
+    Returns:
+        list[EquilibriumLayer]: In the order of the model's modules.
+    """
+    return [m for m in unwrapped(model).modules() if isinstance(m, EquilibriumLayer)]
+
+
+def required_layers(runner, hook):
+    """The equilibrium layers, without which a hook has nothing to do.
+
+    Args:
+        runner (Runner): Of the training.
+        hook (Hook): That needs them.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    layers = equilibrium_layers(runner.model)
+    if not layers:
+        raise ValueError(
+            f'{type(hook).__name__} is set, but the model has no equilibrium layer: '
+            "remove the hook, or use a backbone of type='MDEQ'"
+        )
+    return layers
+
+
+def check_epochs(runner, hook):
+    """Refuse a hook that counts epochs where the training loop does not.
+
+    Args:
+        runner (Runner): Of the training.
+        hook (Hook): With ``by_epoch``.
+
+    Raises:
+        ValueError: With what to set instead.
+    """
+    if hook.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
+        raise ValueError(
+            f'{type(hook).__name__}.by_epoch=True has no meaning under '
+            'train_cfg.by_epoch=False, which counts no epochs: give iterations, '
+            'with by_epoch=False'
+        )
