@@ -145,7 +145,8 @@ def set_visualization(cfg: Config, args: argparse.Namespace) -> None:
 def set_tta(cfg: Config) -> None:
     """Wrap the model and replace the pipeline for test-time augmentation."""
     if cfg.get('default_scope') == 'mmpretrain':
-        cfg.setdefault('tta_model', ConfigDict(type='mmpretrain.AverageClsScoreTTA'))
+        # Its predictions tell of the equilibria of all versions, where there are any.
+        cfg.setdefault('tta_model', ConfigDict(type='ImplicitClsTTAModel'))
         if 'tta_pipeline' not in cfg:
             *loading, packing = deepcopy(cfg.test_dataloader.dataset.pipeline)
             flips = [dict(type='RandomFlip', prob=p) for p in (0.0, 1.0)]

@@ -34,6 +34,7 @@ class EquilibriumLayer(nn.Module):
     Attributes:
         last_solution (Solution | None): Of the last forward pass, detached; its
             ``adjoint`` is that of the last backward pass.
+        last_spec (StateSpec | None): How the maps lie in its ``value``.
         unroll_steps (int | None): If set, f is applied this many times in place
             of a solve, in training and evaluation, differentiated directly.
         trace (bool): Whether solutions hold the residual of each step.
@@ -70,7 +71,7 @@ class EquilibriumLayer(nn.Module):
         self.trace = False
         self.observe = None
         self.inspect = None
-        self.last_solution = None
+        self.last_solution = self.last_spec = None
         self.jacobian_probes = 0
         self.jacobian_seed = None
         self._jacobian_losses = Pending()
@@ -137,7 +138,7 @@ class EquilibriumLayer(nn.Module):
             out, solution = self.gradient(equation, z, self.solver, self.trace)
         else:
             out, solution = self._evaluate(equation, z, spec)
-        self.last_solution = solution
+        self.last_solution, self.last_spec = solution, spec
         if self.training:
             if self.inspect is not None:
                 with torch.no_grad():

@@ -186,7 +186,14 @@ def test_metrics_and_tta(call, trained, cifar10_folder, tmp_path):
     options = ['--cfg-options', *IN_PROCESS]
     call('test', *common, '--out', tmp_path / 'metrics.json', '--out-item', 'metrics',
          *options)  # fmt: skip
-    assert set(mmengine.load(tmp_path / 'metrics.json')) == {'accuracy/top1'}
+    found = mmengine.load(tmp_path / 'metrics.json')
+    assert 0 <= found.pop('accuracy/top1') <= 100
+    # How the solves ended stands beside it.
+    assert set(found) == {
+        f'equilibrium/{name}'
+        for name in ('residual', 'residual_p95', 'evaluations', 'converged')
+    }
+    assert found['equilibrium/evaluations'] == 20
 
     scores = []
     for tta in ([], ['--tta']):
@@ -492,3 +499,19 @@ class Code:
 
     def __reduce__(self):
         return Path.touch, (Path('ran'),)
+
+
+def test_tta_tells_of_the_equilibria_of_all_versions(call, trained, cifar10_folder,
+                                                     tmp_path):  # fmt: skip
+    """Two versions of each image: as many evaluations as both take."""
+    found = []
+    for tta in ([], ['--tta']):
+        out = tmp_path / f'{len(found)}.pkl'
+        call('test', TINY, trained / 'epoch_1.pth', '--data-root', cifar10_folder,
+             '--work-dir', tmp_path / 'work', '--out', out, *tta, '--cfg-options',
+             f'visualizer.name={out}')  # fmt: skip
+        found.append(mmengine.load(out))
+    for plain, both in zip(*found, strict=True):
+        assert both['equilibrium_steps'] > plain['equilibrium_steps']
+        # One of the two versions is the image as it is.
+        assert both['equilibrium_residual'] >= plain['equilibrium_residual'] * 0.999

@@ -9,6 +9,9 @@ from mmengine.hooks import Hook
 
 from ...registry import HOOKS
 
+#: As small as can be read; height of a line in pixels.
+FONT, SCALE, LINE = cv2.FONT_HERSHEY_SIMPLEX, 0.4, 15
+
 #: How the visualizers of mmpretrain and mmseg are asked to draw a prediction.
 _METHODS = ('visualize_cls', 'add_datasample')
 
@@ -36,24 +39,30 @@ class EquilibriumCaptionHook(Hook):
 
 
 def caption(image, text):
-    """Add a line of text below an image.
+    """Add lines of text below an image.
 
     Args:
         image (np.ndarray): (H, W, 3), uint8.
-        text (str): Shrunk to the image's width.
+        text (str): Its parts, between commas, have a line each where the image is
+            narrow.
 
     Returns:
-        np.ndarray: (H + h, W, 3), uint8, the line black on white.
+        np.ndarray: (H + h, W + w, 3), uint8, the text black on white; a picture that
+        is narrower than a line gets white at its right.
     """
-    font, thickness = cv2.FONT_HERSHEY_SIMPLEX, 1
-    (width, height), below = cv2.getTextSize(text, font, 1.0, thickness)
-    # Of an image of common size a few percent, and never wider than it.
-    scale = min(0.5, (image.shape[1] - 4) / width)
-    height, below = (int(np.ceil(scale * size)) for size in (height, below))
-    strip = np.full((height + below + 6, *image.shape[1:]), 255, np.uint8)
-    cv2.putText(strip, text, (2, height + 3), font, scale, (0, 0, 0), thickness,
-                cv2.LINE_AA)  # fmt: skip
-    return np.concatenate([image, strip])
+
+    def width(line):
+        return cv2.getTextSize(line, FONT, SCALE, 1)[0][0] + 4
+
+    lines = [text] if width(text) <= image.shape[1] else text.split(', ')
+    missing = max(map(width, lines)) - image.shape[1]
+    if missing > 0:
+        image = np.pad(image, ((0, 0), (0, missing), (0, 0)), constant_values=255)
+    for line in lines:
+        strip = np.full((LINE, *image.shape[1:]), 255, np.uint8)
+        cv2.putText(strip, line, (2, LINE - 4), FONT, SCALE, (0, 0, 0), 1, cv2.LINE_AA)
+        image = np.concatenate([image, strip])
+    return image
 
 
 def _captioned(visualizer, name):

@@ -58,7 +58,7 @@ class EquilibriumMonitorHook(Hook):
         self.radius_interval = radius_interval
         self.radius_iterations = radius_iterations
         self.plot_samples = plot_samples
-        self._recorders = []
+        self._recorders, self._plots = [], []
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         # Left from an iteration that did not come to its end.
@@ -78,9 +78,11 @@ class EquilibriumMonitorHook(Hook):
                 runner.message_hub.update_scalar(f'train/{name}', value)
         self._stop()
 
+    def after_train(self, runner):
+        self._stop()
+
     def before_val(self, runner):
         self._stop()
-        self._plots = []
         if self.plot_samples:
             self._plots = [
                 ResidualPlot(layer, self.plot_samples)
@@ -110,9 +112,10 @@ class EquilibriumMonitorHook(Hook):
         ]
 
     def _stop(self):
-        for recorder in self._recorders:
-            recorder.stop()
-        self._recorders = []
+        """Leave the layers as they were, whatever was under way."""
+        for watcher in (*self._recorders, *self._plots):
+            watcher.stop()
+        self._recorders, self._plots = [], []
 
 
 def _names(count):
@@ -128,7 +131,9 @@ class _Solves:
 
     def _add(self, layer, inputs, output):
         if layer.training:
-            self.solutions.append(layer.last_solution)
+            # An iteration that was broken off leaves this here: keep no more than
+            # one has.
+            self.solutions = [*self.solutions[-15:], layer.last_solution]
 
     def stop(self):
         self._handle.remove()

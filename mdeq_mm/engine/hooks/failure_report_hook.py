@@ -19,7 +19,8 @@ class FailureReportHook(Hook):
 
     For :class:`EquilibriumOptimWrapper` and its twin in mixed precision; others are
     left alone. The work folder gets ``stopped_iter_N.pth``, a checkpoint from before
-    the dropped step that a training can resume from, and ``failure_report.json``:
+    the dropped step that a training can resume from (none where weights are not
+    finite: earlier ones stay as they are), and ``failure_report.json``:
     ``iteration`` and ``epoch`` as the log counts them, ``reason``, ``advice``,
     ``checkpoint``, and for each of the ``processes`` the ``batches`` of the step,
     with ``loss``, ``solves`` (status, residual, evaluations of f and whether it
@@ -59,12 +60,16 @@ class FailureReportHook(Hook):
         iteration = runner.iter + 1
         checkpoint = folder / f'stopped_iter_{iteration}.pth'
         failure |= dict(iteration=iteration, epoch=runner.epoch + 1)
-        failure |= dict(checkpoint=str(checkpoint), processes=processes)
+        if failure['damaged']:
+            checkpoint = None
+        failure |= dict(checkpoint=checkpoint and str(checkpoint), processes=processes)
         message = (
             f'The training ends at iteration {iteration}: {failure["reason"]}. '
-            f'{failure["advice"]}. See {report}, and {checkpoint} for the state before '
-            'this step.'
+            f'{failure["advice"]}. See {report}'
         )
+        if checkpoint is not None:
+            message += f', and {checkpoint} for the state before this step'
+        message += '.'
         if is_main_process():
             message += _write(runner, report, failure, checkpoint)
             runner.logger.error(message)
@@ -83,6 +88,8 @@ def _write(runner, report, failure, checkpoint):
         report.write_text(json.dumps(failure, indent=2, default=str))
     except (OSError, TypeError, ValueError) as error:
         said += f' The report could not be written: {error}.'
+    if checkpoint is None:
+        return said
     try:
         runner.save_checkpoint(str(checkpoint.parent), checkpoint.name, by_epoch=False)
     except (OSError, RuntimeError) as error:

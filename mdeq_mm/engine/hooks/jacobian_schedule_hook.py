@@ -2,7 +2,7 @@
 
 import random
 
-from mmengine.dist import get_rank
+from mmengine.dist import broadcast_object_list, get_rank
 from mmengine.hooks import Hook
 
 from ...implicit.checks import check_amount, check_int, check_share
@@ -71,7 +71,7 @@ class JacobianScheduleHook(Hook):
         check_int(f'{name}.increment_every', increment_every, 1)
         check_int(f'{name}.begin', begin, 0)
         if end is not None:
-            check_int(f'{name}.end', end, begin)
+            check_int(f'{name}.end', end, begin + 1)
         self.weight = weight
         self.frequency = frequency
         self.probes = probes
@@ -91,6 +91,10 @@ class JacobianScheduleHook(Hook):
             )
         required_layers(runner, self)
         check_epochs(runner, self)
+        # Seeds may differ from process to process.
+        seed = [runner.seed]
+        broadcast_object_list(seed)
+        (self._seed,) = seed
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         model = unwrapped(runner.model)
@@ -99,13 +103,16 @@ class JacobianScheduleHook(Hook):
             any(x.unroll_steps is not None for x in equilibrium_layers(model)),
         )
         # The same on all processes, which wait for each other in the backward pass.
-        if _random(runner, 'frequency').random() >= self.frequency:
+        if self._random(runner, 'frequency').random() >= self.frequency:
             weight = 0
-        seed = _random(runner, 'probes', get_rank()).getrandbits(62)
+        seed = self._random(runner, 'probes', get_rank()).getrandbits(62)
         model.set_jacobian(weight, self.probes, seed)
 
     def after_train(self, runner):
         unwrapped(runner.model).set_jacobian(0)
+
+    def _random(self, runner, *purpose):
+        return random.Random(f'{self._seed} {runner.iter} {purpose}')
 
     def weight_at(self, time, unrolled):
         """Factor of the loss, where it is drawn.
@@ -123,7 +130,3 @@ class JacobianScheduleHook(Hook):
             return self.warmup_weight
         rises = (time - self.begin) // self.increment_every
         return self.weight + self.increment * rises
-
-
-def _random(runner, *purpose):
-    return random.Random(f'{runner.seed} {runner.iter} {purpose}')

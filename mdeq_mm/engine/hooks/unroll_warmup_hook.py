@@ -57,6 +57,12 @@ class UnrollWarmupHook(Hook):
         check_int('UnrollWarmupHook.end', end, 0)
         if threshold is not None:
             check_amount('UnrollWarmupHook.threshold', threshold)
+            if threshold == 0 or end == 0:
+                raise ValueError(
+                    f'UnrollWarmupHook.threshold={threshold} with end={end} has no '
+                    'effect: give a threshold above 0, and the last iteration at '
+                    'which the unrolled phase may end'
+                )
         check_int('UnrollWarmupHook.interval', interval, 1)
         check_int('UnrollWarmupHook.readings', readings, 1)
         self.threshold = threshold

@@ -35,7 +35,8 @@ class FailurePolicy:
     gradients are zeroed, and everything that counts goes on as always, which is
     iterations, schedules and averages of weights. ``train/skipped_steps`` is the
     number of dropped steps in the logs, from the first on. Models without an
-    equilibrium layer have this protection too.
+    equilibrium layer have this protection too. Weights that are not finite end the
+    training under any policy, since no later step can mend them.
 
     The history of dropped steps is not part of checkpoints: a resumed training
     counts anew.
@@ -50,7 +51,7 @@ class FailurePolicy:
             apply while f is unrolled, nor to the backward pass of a
             :class:`PhantomGradient`, which solve no equation. Default: none.
         max_skips (int): ``'skip'`` stops once more than this many of the last
-            ``window`` steps were dropped. ``'warn'`` never stops.
+            ``window`` steps were dropped. ``'warn'`` does not.
         window (int): See above.
         warn_interval (int): Least number of iterations between two warnings of one
             kind.
@@ -163,7 +164,9 @@ class FailurePolicy:
         self.zero_grad()
         self.skipped += 1
         self.message_hub.update_scalar('train/skipped_steps', self.skipped)
-        if self.policy == 'stop':
+        # No later step can mend weights, and checkpoints of them would take the place
+        # of good ones.
+        if self.policy == 'stop' or 'weights' in verdict.broken:
             self._stop(verdict, batches, '')
         elif self.policy == 'skip' and sum(self._history) > self.max_skips:
             self._stop(
@@ -256,6 +259,7 @@ class FailurePolicy:
             advice=verdict.advice,
             policy=self.policy,
             limit=self.limit,
+            damaged='weights' in verdict.broken,
             skipped_steps=self.skipped,
             batches=[batch.report(self.limit) for batch in batches],
         )

@@ -206,15 +206,20 @@ class MDEQ(BaseModule):
 
     def _continued(self, start):
         """The equilibria of the last call, where they fit, in place of zeros."""
-        last = self.last_solution
-        spec = StateSpec.of(start)
-        if last is None or last.value.shape != (len(start[0]), spec.dim):
+        last, spec = self.last_solution, self.equilibrium.last_spec
+        if last is None or len(last.value) != len(start[0]):
             return start
-        sound = last.residual < 1
+        # Shapes may differ though the size does not, as in a picture turned around.
+        if spec is None or spec.shapes != StateSpec.of(start).shapes:
+            return start
         if last.value.device != start[0].device:
             return start
+        sound = last.residual < 1
         value = torch.where(sound[:, None], last.value, torch.zeros_like(last.value))
-        return spec.unpack(value)
+        return [
+            torch.empty_like(zero, dtype=value.dtype).copy_(m)
+            for m, zero in zip(spec.unpack(value), start, strict=True)
+        ]
 
     def get_flops(self, input_shape=None, steps=None):
         """Count floating-point operations for one image, in evaluation.

@@ -79,10 +79,10 @@ def test_a_line_below_the_picture(case, tmp_path):
     again, found = drawn(tmp_path)
     assert again == name and '3' in name
     height = plain.shape[0]
-    assert found.shape[0] > height and found.shape[1:] == plain.shape[1:]
-    np.testing.assert_array_equal(found[:height], plain)
+    assert found.shape[0] > height
+    np.testing.assert_array_equal(found[:height, : plain.shape[1]], plain)
     strip = found[height:]
-    assert 0.02 < (strip < 128).mean() < 0.5
+    assert 0.01 < (strip < 128).mean() < 0.5
 
     hook.after_run(Runner(visualizer))
     draw(sample, step=3)
@@ -118,14 +118,16 @@ def test_visualizers_of_other_kinds_are_left_alone():
     EquilibriumCaptionHook().after_run(Runner(other))
 
 
-@pytest.mark.parametrize('width', [8, 40, 2000])
-def test_the_text_is_never_wider_than_the_image(width):
-    image = np.zeros((10, width, 3), np.uint8)
+@pytest.mark.parametrize(('width', 'lines'), [(8, 3), (40, 3), (200, 3), (400, 1)])
+def test_the_text_can_be_read_whatever_the_image(width, lines):
+    image = np.full((10, width, 3), 7, np.uint8)
     found = caption(image, 'residual 1.5e-03, 8 evaluations, max steps')
-    strip = found[10:]
-    assert strip.shape[0] >= 6 and strip.shape[1] == width
-    # White at the right edge: nothing is cut off.
-    assert (strip[:, -1] == 255).all()
+    assert found.shape[0] == 10 + 15 * lines and found.shape[1] >= width
+    np.testing.assert_array_equal(found[:10, :width], image)
+    # White at the right edge, and to the right of a narrow image: nothing is cut off.
+    assert (found[10:, -1] == 255).all() and (found[:10, width:] == 255).all()
+    for line in np.split(found[10:], lines):
+        assert (line < 128).any(2).sum() > 50
 
 
 def test_it_is_a_hook():

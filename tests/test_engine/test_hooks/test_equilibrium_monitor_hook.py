@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 from mdeq_mm.engine import EquilibriumMonitorHook
+from mdeq_mm.engine.hooks.equilibrium_monitor_hook import _Solves
 from mdeq_mm.implicit import spectral_radius
 from mdeq_mm.models import MDEQ
 
@@ -185,6 +186,46 @@ class TestPicture:
     def test_it_is_among_the_files(self, make_runner, tmp_path):
         make_runner([dict(type='EquilibriumMonitorHook')]).train()
         assert len(list(tmp_path.glob('*/vis_data/vis_image/eq_residual_*.png'))) == 3
+
+
+class TestLeavesTheLayersAsTheyWere:
+    def state(self, runner):
+        layer = runner.model.backbone.equilibrium
+        return layer.trace, layer.inspect, len(layer._forward_hooks)
+
+    @pytest.mark.parametrize('stage', ['train', 'val'])
+    def test_after_an_exception(self, make_runner, stage):
+        class Break(Hook):
+            def before_val_iter(self, runner, batch_idx, data_batch=None):
+                if stage == 'val':
+                    raise KeyboardInterrupt
+
+        hook = dict(type='EquilibriumMonitorHook', interval=1, radius_interval=1)
+        runner = make_runner([hook, Break()])
+        before = self.state(runner)
+        if stage == 'train':
+            runner.model.train_step = lambda *args, **kwargs: 1 / 0
+        with pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
+            runner.train()
+        # The next stage, whatever it is, sets right what was broken off.
+        monitor = next(h for h in runner.hooks if isinstance(h, EquilibriumMonitorHook))
+        monitor.before_val(runner)
+        monitor.after_val_epoch(runner)
+        assert self.state(runner) == before == (False, None, 0)
+
+    def test_what_is_left_keeps_little(self, make_runner):
+        runner = make_runner([])
+        layer = runner.model.backbone.equilibrium
+        recorder = _Solves('eq', layer)
+        runner.model.train()
+        for _ in range(40):
+            runner.model.backbone(torch.zeros(1, 3, 8, 8))
+        assert len(recorder.solutions) <= 16
+
+    def test_after_a_training(self, make_runner):
+        runner = make_runner([dict(type='EquilibriumMonitorHook', interval=1)])
+        runner.train()
+        assert self.state(runner) == (False, None, 0)
 
 
 @pytest.mark.parametrize('field', ['interval', 'radius_iterations'])

@@ -96,6 +96,7 @@ def test_frequency_is_the_share_of_iterations(make_runner):
     hook = JacobianScheduleHook(frequency=0.3, by_epoch=False)
     runner = make_runner([], ITERATIONS, Capable(), randomness=dict(seed=0))
     weights = []
+    hook.before_train(runner)
     for i in range(2000):
         runner.train_loop._iter = i
         hook.before_train_iter(runner, i)
@@ -120,6 +121,22 @@ def test_probes_differ_from_rank_to_rank_and_the_draw_does_not(
         notes.append(train(make_runner, hook)[1])
     assert notes[0].weights == notes[1].weights
     assert not set(notes[0].seeds) & set(notes[1].seeds)
+
+
+def test_processes_with_seeds_of_their_own_draw_alike(make_runner, monkeypatch):
+    """With diff_rank_seed=True; the first process tells its seed."""
+    module = 'mdeq_mm.engine.hooks.jacobian_schedule_hook'
+    hook = dict(type='JacobianScheduleHook', frequency=0.5, by_epoch=False)
+    first = train(make_runner, hook, seed=1)[1]
+
+    def told(data, src=0):
+        data[0] = 1
+
+    monkeypatch.setattr(f'{module}.broadcast_object_list', told)
+    monkeypatch.setattr(f'{module}.get_rank', lambda: 1)
+    second = train(make_runner, hook, seed=2)[1]
+    assert first.weights == second.weights
+    assert first.seeds != second.seeds
 
 
 def test_schedule():
@@ -189,6 +206,7 @@ def test_epochs_without_an_epoch_loop_are_refused(make_runner):
         (dict(increment_every=0), ValueError, 'increment_every=0'),
         (dict(begin=-1), ValueError, 'begin=-1'),
         (dict(begin=5, end=4), ValueError, 'end=4'),
+        (dict(begin=5, end=5), ValueError, 'end=5'),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, words):

@@ -291,8 +291,10 @@ class TestThreshold:
         ('arguments', 'words'),
         [
             (dict(threshold=-1), 'threshold=-1'),
-            (dict(threshold=0.1, interval=0), 'interval=0'),
-            (dict(threshold=0.1, readings=0), 'readings=0'),
+            (dict(threshold=0, end=5), 'threshold=0 with end=5'),
+            (dict(threshold=0.1), 'threshold=0.1 with end=0'),
+            (dict(threshold=0.1, end=5, interval=0), 'interval=0'),
+            (dict(threshold=0.1, end=5, readings=0), 'readings=0'),
         ],
     )
     def test_bad_arguments_are_refused(self, arguments, words):

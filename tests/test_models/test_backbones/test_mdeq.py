@@ -677,8 +677,10 @@ class TestCompanions:
     def test_gradients_reach_the_image(self):
         backbone = tiny().eval()
         images = torch.randn(2, 3, 16, 16).requires_grad_()
-        backbone(images)[2].sum().backward()
-        assert images.grad.abs().sum() > 0
+        found = backbone(images)[2]
+        # The plain sum of what a group norm returns does not depend on anything.
+        (found * torch.randn_like(found)).sum().backward()
+        assert images.grad.abs().sum() > 1
 
     def test_state_dict_round_trip(self):
         backbone, other = tiny(), tiny()

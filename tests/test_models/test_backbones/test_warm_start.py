@@ -86,3 +86,26 @@ def test_a_failed_sample_starts_anew(backbone, images):
     assert steps[0] == cold[0]
     for a, b in zip(found, expected, strict=True):
         assert relative(a, b) < 1e-6
+
+
+@pytest.mark.parametrize('change', ['sides', 'format'])
+def test_the_state_before_is_put_where_it_belongs(change):
+    """As large in another shape it is no start; in another memory format it is."""
+    backbone = project_classifier(warm_start=True).backbone
+    images = torch.randn(2, 3, 16, 24).double()
+    starts = []
+    backbone.equilibrium.register_forward_pre_hook(
+        lambda layer, args: starts.append([m.clone() for m in args[0]])
+    )
+    with torch.no_grad():
+        first = backbone(images)
+        if change == 'sides':
+            backbone(images.transpose(2, 3).contiguous())
+            assert all(not m.any() for m in starts[1])
+        else:
+            backbone.to(memory_format=torch.channels_last)
+            backbone(images.to(memory_format=torch.channels_last))
+            for start, found in zip(starts[1], first, strict=True):
+                torch.testing.assert_close(start, found)
+                assert start.is_contiguous(memory_format=torch.channels_last)
+            assert backbone.last_solution.steps.max() <= 2
