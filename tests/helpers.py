@@ -373,7 +373,9 @@ def logits_of(model, images):
 
 
 def pack(maps):
-    return StateSpec.of(maps).pack([m.double() for m in maps])
+    """Maps as one state in the plain memory format, which files may not have."""
+    maps = [m.double().contiguous() for m in maps]
+    return StateSpec.of(maps).pack(maps)
 
 
 def equation_of(backbone, images):

@@ -12,7 +12,7 @@ from .gradients.base import replace_failed
 from .jacobian import hutchinson
 from .pending import Pending
 from .solvers import build_solver
-from .state import StateSpec
+from .state import StateSpec, has_channels_last
 
 
 class EquilibriumLayer(nn.Module):
@@ -83,17 +83,19 @@ class EquilibriumLayer(nn.Module):
             lines.insert(1, f'eval_solver={self.eval_solver}')
         return '\n'.join(lines)
 
-    def equation(self, start: Sequence[Tensor], *inputs: Tensor):
+    def equation(self, start: Sequence[Tensor], *inputs: Tensor, spec=None):
         """The equation of one forward pass.
 
         Args:
             start (Sequence[Tensor]): Maps of the shapes of the state.
             *inputs (Tensor): What f is given beside the state, (N, ...).
+            spec (StateSpec, optional): How the maps lie in the state. Default: in
+                the plain memory format.
 
         Returns:
             Equation: f with weights and inputs fixed.
         """
-        spec = StateSpec.of(start)
+        spec = spec or StateSpec.of(start)
         weights = self._function.tensors(self.f)
         count = len(weights)
         autocast = torch.is_autocast_enabled(start[0].device.type)
@@ -127,8 +129,8 @@ class EquilibriumLayer(nn.Module):
         Returns:
             list[Tensor]: Maps of the shapes of ``start``, float32 or wider.
         """
-        spec = StateSpec.of(start)
-        equation = self.equation(start, *inputs)
+        spec = StateSpec.of(start, channels_last=has_channels_last(start[0]))
+        equation = self.equation(start, *inputs, spec=spec)
         z = spec.pack(start)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         if self.unroll_steps is not None:

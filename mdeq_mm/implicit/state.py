@@ -23,10 +23,9 @@ class StateSpec:
     channels_last: bool = False
 
     @classmethod
-    def of(cls, maps: Sequence[Tensor]):
-        """The spec of given maps, each (N, ...), in the memory format of the first."""
-        shapes = tuple(tuple(m.shape[1:]) for m in maps)
-        return cls(shapes, bool(maps) and has_channels_last(maps[0]))
+    def of(cls, maps: Sequence[Tensor], channels_last=False):
+        """The spec of given maps, each (N, ...)."""
+        return cls(tuple(tuple(m.shape[1:]) for m in maps), channels_last)
 
     @property
     def sizes(self):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from mdeq_mm.implicit import StateSpec
+from mdeq_mm.implicit.state import has_channels_last
 
 
 @pytest.fixture
@@ -65,8 +66,7 @@ class TestChannelsLast:
         return [torch.randn(s).to(memory_format=torch.channels_last) for s in shapes]
 
     def test_there_and_back(self, maps):
-        spec = StateSpec.of(maps)
-        assert spec.channels_last
+        spec = StateSpec.of(maps, channels_last=True)
         flat = spec.pack(maps)
         found = spec.unpack(flat)
         for mine, expected in zip(found, maps, strict=True):
@@ -76,7 +76,7 @@ class TestChannelsLast:
             assert mine.untyped_storage().data_ptr() == flat.data_ptr()
 
     def test_maps_of_either_format_are_taken(self, maps):
-        spec = StateSpec.of(maps)
+        spec = StateSpec.of(maps, channels_last=True)
         mixed = [maps[0].contiguous(), maps[1]]
         assert torch.equal(spec.pack(mixed), spec.pack(maps))
         assert torch.equal(
@@ -84,13 +84,14 @@ class TestChannelsLast:
             torch.cat([m.contiguous().flatten(1) for m in maps], 1),
         )
 
-    def test_where_both_are_the_same_it_is_the_plain_one(self):
-        maps = [torch.randn(2, 1, 3, 5).to(memory_format=torch.channels_last)]
-        assert not StateSpec.of(maps).channels_last
+    def test_what_has_them_last(self, maps):
+        assert all(map(has_channels_last, maps))
+        for other in (maps[0].contiguous(), maps[0][:, :1].contiguous(), maps[0][0]):
+            assert not has_channels_last(other)
 
     def test_vectors_beside_maps(self):
         maps = [torch.randn(2, 4, 3, 5).to(memory_format=torch.channels_last),
                 torch.randn(2, 7)]  # fmt: skip
-        spec = StateSpec.of(maps)
+        spec = StateSpec.of(maps, channels_last=True)
         for mine, expected in zip(spec.unpack(spec.pack(maps)), maps, strict=True):
             assert torch.equal(mine, expected)

@@ -227,7 +227,8 @@ def test_segmentation_is_of_whole_images(cost, tmp_path, config):
 
 @pytest.mark.parametrize('batch', [1, 2])
 def test_what_is_measured(cost, config, batch):
-    solver = {'model.backbone.solver': dict(type='PicardSolver', max_steps=5, tol=0)}
+    anderson = dict(type='AndersonSolver', max_steps=5, tol=0)
+    solver = {'model.backbone.eval_solver': anderson}
     for path, shape in ((TINY, (16, 16)), (config, (24, 21))):
         cfg = cost.prepare(str(path), solver)
         measured = cost.Measured(cfg, None, shape, batch, 'cpu')

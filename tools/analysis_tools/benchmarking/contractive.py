@@ -17,6 +17,7 @@ from mdeq_mm.implicit import (
     hutchinson,
 )
 from mdeq_mm.implicit import spectral_radius as radius_of
+from mdeq_mm.implicit.state import has_channels_last
 
 from .cases import build_classifier, mdeq_config
 from .progress import progress
@@ -164,5 +165,6 @@ def captured(backbone, images):
         handle.remove()
         layer.eval_solver = solver
     (arguments,) = seen
-    start = StateSpec.of(arguments[0]).pack(arguments[0]).float()
-    return layer.equation(*arguments), start, arguments
+    maps = arguments[0]
+    spec = StateSpec.of(maps, channels_last=has_channels_last(maps[0]))
+    return layer.equation(*arguments, spec=spec), spec.pack(maps).float(), arguments

@@ -126,8 +126,8 @@ class Subject:
         layer = self.layer
         original = layer.equation
 
-        def counted(*args):
-            equation = original(*args)
+        def counted(*args, **kwargs):
+            equation = original(*args, **kwargs)
             equation.function = count.wrap(equation.function)
             return equation
 

@@ -141,7 +141,7 @@ class Study:
 
     def _radius(self, call, solution, index):
         rows = torch.tensor([index], device=solution.value.device)
-        equation = self.layer.equation(*call).take(rows)
+        equation = self.layer.equation(*call, spec=self.layer.last_spec).take(rows)
         generator = torch.Generator(rows.device).manual_seed(SEED)
         radius = spectral_radius(equation, solution.value[rows], generator=generator)
         return dict(radius=radius.item(), residual=solution.residual[index].item())
