@@ -105,6 +105,11 @@ class Equation:
         finite = [t.detach().isfinite()[:, None].flatten(1).all(1) for t in mine]
         return torch.stack(finite).all(0)
 
+    def healthy(self, mask: Tensor):
+        """Those of the samples in a mask (N,) that have finite inputs too, (N,)."""
+        finite = self.finite()
+        return mask if finite is None else mask & finite
+
     def contained(self, healthy: Tensor):
         """The same equation with the inputs of unhealthy samples set to zero.
 

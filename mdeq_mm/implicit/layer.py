@@ -15,6 +15,18 @@ from .solvers import build_solver
 from .state import StateSpec, has_channels_last
 
 
+def equilibrium_layers(model):
+    """All equilibrium layers in a model, wrapped for distributed training or not.
+
+    Args:
+        model (nn.Module): The model.
+
+    Returns:
+        list[EquilibriumLayer]: In the order of the model's modules.
+    """
+    return [m for m in model.modules() if isinstance(m, EquilibriumLayer)]
+
+
 class EquilibriumLayer(nn.Module):
     """Layer whose output is the equilibrium z* = f(z*, inputs).
 
@@ -170,10 +182,7 @@ class EquilibriumLayer(nn.Module):
             generator = torch.Generator(z.device).manual_seed(seed)
         probes = z.new_empty(self.jacobian_probes, *z.shape)
         probes.normal_(generator=generator)
-        healthy = solution.residual.isfinite()
-        finite = equation.finite()
-        if finite is not None:
-            healthy = healthy & finite
+        healthy = equation.healthy(solution.residual.isfinite())
         if not healthy.any():
             return
         # A failed sample has no equilibrium to regularise, and its NaN would reach

@@ -6,9 +6,9 @@ from mmengine.hooks import Hook
 
 from ...implicit import Status, spectral_radius
 from ...implicit.checks import check_int
+from ...implicit.layer import equilibrium_layers
 from ...registry import HOOKS
 from ...utils.residual_plot import ResidualPlot
-from .layers import equilibrium_layers
 
 
 @HOOKS.register_module()

@@ -6,8 +6,9 @@ from mmengine.dist import broadcast_object_list, get_rank
 from mmengine.hooks import Hook
 
 from ...implicit.checks import check_amount, check_int, check_share
+from ...implicit.layer import equilibrium_layers
 from ...registry import HOOKS
-from .layers import check_epochs, equilibrium_layers, required_layers, unwrapped
+from .layers import check_epochs, required_layers, unwrapped
 
 #: Models that add the equilibrium's losses to their own.
 CAPABLE = 'ImplicitImageClassifier, ImplicitEncoderDecoder or MultiTaskMDEQ'

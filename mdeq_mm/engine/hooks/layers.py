@@ -3,24 +3,12 @@
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop
 
-from ...implicit import EquilibriumLayer
+from ...implicit.layer import equilibrium_layers
 
 
 def unwrapped(model):
     """The model itself, out of the wrapper of distributed training."""
     return model.module if is_model_wrapper(model) else model
-
-
-def equilibrium_layers(model):
-    """All equilibrium layers in a model, wrapped or not.
-
-    Args:
-        model (nn.Module): The model.
-
-    Returns:
-        list[EquilibriumLayer]: In the order of the model's modules.
-    """
-    return [m for m in unwrapped(model).modules() if isinstance(m, EquilibriumLayer)]
 
 
 def required_layers(runner, hook):

@@ -5,8 +5,9 @@ import copy
 from mmengine.hooks import Hook
 
 from ...implicit.checks import check_int
+from ...implicit.layer import equilibrium_layers
 from ...registry import HOOKS
-from .layers import check_epochs, equilibrium_layers, required_layers
+from .layers import check_epochs, required_layers
 
 _FIELDS = ('solver', 'gradient')
 _ENTRIES = ('max_steps', 'tol')

@@ -5,8 +5,9 @@ from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 
 from ...implicit.checks import check_amount, check_int
+from ...implicit.layer import equilibrium_layers
 from ...registry import HOOKS
-from .layers import check_epochs, equilibrium_layers, required_layers
+from .layers import check_epochs, required_layers
 
 #: Of the state in the message hub, which checkpoints hold.
 _STATE = 'unroll_warmup'

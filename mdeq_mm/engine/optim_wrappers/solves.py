@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...implicit import EquilibriumLayer, PhantomGradient, Status
+from ...implicit import PhantomGradient, Status
+from ...implicit.layer import equilibrium_layers
 
 
 @dataclass
@@ -93,7 +94,7 @@ def recorded_solves(model):
     Yields:
         list[Solve]: In their order.
     """
-    layers = [m for m in model.modules() if isinstance(m, EquilibriumLayer)]
+    layers = equilibrium_layers(model)
     before = [layer.last_solution for layer in layers]
     found = []
     handles = [

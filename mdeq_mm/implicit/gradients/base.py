@@ -168,10 +168,7 @@ class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def forward(ctx, equation, solution, adjoint, history, *tensors):
         z = solution.value
-        healthy = solution.residual.isfinite()
-        inputs_finite = equation.finite()
-        if inputs_finite is not None:
-            healthy &= inputs_finite
+        healthy = equation.healthy(solution.residual.isfinite())
         ctx.solution, ctx.adjoint = solution, adjoint
         # The equation is kept without its tensors: they are saved where autograd
         # sees them.
@@ -289,10 +286,8 @@ def iterate(equation, z: Tensor, steps, damping=1.0):
         (detached), and which samples stayed finite, (N,) bool. The others are
         replaced by their start, without gradient.
     """
-    healthy = torch.ones(len(z), dtype=torch.bool, device=z.device)
-    inputs_finite = equation.finite()
-    if inputs_finite is not None:
-        healthy &= inputs_finite
+    everyone = torch.ones(len(z), dtype=torch.bool, device=z.device)
+    healthy = equation.healthy(everyone)
     z = torch.where(z.isfinite().all(1, keepdim=True), z, torch.zeros_like(z))
     while healthy.any():
         inside, last = replace_failed(_guarded(equation), z, healthy)

@@ -86,10 +86,7 @@ class _Reversible(torch.autograd.Function):
             y = y.lerp(equation(z), beta)
             fz = equation(y)
             z = z.lerp(fz, beta)
-        healthy = y.isfinite().all(1) & z.isfinite().all(1)
-        inputs_finite = equation.finite()
-        if inputs_finite is not None:
-            healthy &= inputs_finite
+        healthy = equation.healthy(y.isfinite().all(1) & z.isfinite().all(1))
         seen.update(healthy=healthy, last=y, fz=fz)
         ctx.equation, ctx.steps, ctx.beta = equation.bind(()), steps, beta
         ctx.save_for_backward(start, y, z, healthy, *tensors)

@@ -4,8 +4,9 @@ from contextlib import contextmanager
 
 import torch
 
-from ...implicit import EquilibriumLayer, Status
+from ...implicit import Status
 from ...implicit.checks import check_amount, check_int
+from ...implicit.layer import equilibrium_layers
 
 
 class EquilibriumReport:
@@ -23,7 +24,7 @@ class EquilibriumReport:
     @property
     def equilibrium_layers(self):
         """list[EquilibriumLayer]: Of the model."""
-        return [m for m in self.modules() if isinstance(m, EquilibriumLayer)]
+        return equilibrium_layers(self)
 
     def set_jacobian(self, weight, probes=1, seed=None):
         """Set the Jacobian loss of the training steps from now on.

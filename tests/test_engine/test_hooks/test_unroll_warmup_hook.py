@@ -5,7 +5,7 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from mdeq_mm.engine import UnrollWarmupHook
-from mdeq_mm.engine.hooks.layers import equilibrium_layers
+from mdeq_mm.implicit.layer import equilibrium_layers
 from mdeq_mm.registry import HOOKS
 from tests.helpers import (
     logged,
