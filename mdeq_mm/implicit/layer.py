@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .equation import Equation
 from .functional import FunctionalModule
 from .gradients import ImplicitGradient, UnrolledGradient, build_gradient
-from .gradients.base import replace_failed
+from .gradients.base import replace_failed, tell_overflow
 from .jacobian import hutchinson
 from .pending import Pending
 from .solvers import build_solver
@@ -153,6 +153,7 @@ class EquilibriumLayer(nn.Module):
         else:
             out, solution = self._evaluate(equation, z, spec)
         self.last_solution, self.last_spec = solution, spec
+        out = tell_overflow(equation, out, solution.residual)
         if self.training:
             if self.inspect is not None:
                 with torch.no_grad():
@@ -160,6 +161,11 @@ class EquilibriumLayer(nn.Module):
             if self.jacobian_probes:
                 self._add_jacobian_loss(equation, solution)
         return spec.unpack(out)
+
+    def forget(self):
+        """Let the next solves start cold, whatever was solved before."""
+        self.last_spec = None
+        self.gradient.forget()
 
     def take_jacobian_loss(self):
         """The Jacobian loss of the forward passes since the last call.

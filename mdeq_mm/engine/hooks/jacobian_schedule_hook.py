@@ -5,7 +5,7 @@ import random
 from mmengine.dist import broadcast_object_list, get_rank
 from mmengine.hooks import Hook
 
-from ...implicit.checks import check_amount, check_int, check_share
+from ...implicit.checks import check_amount, check_flag, check_int, check_share
 from ...implicit.layer import equilibrium_layers
 from ...registry import HOOKS
 from .layers import check_epochs, required_layers, unwrapped
@@ -73,6 +73,7 @@ class JacobianScheduleHook(Hook):
         check_int(f'{name}.begin', begin, 0)
         if end is not None:
             check_int(f'{name}.end', end, begin + 1)
+        check_flag(f'{name}.by_epoch', by_epoch)
         self.weight = weight
         self.frequency = frequency
         self.probes = probes

@@ -2,6 +2,7 @@
 
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ...implicit.layer import equilibrium_layers
 
@@ -19,8 +20,15 @@ def required_layers(runner, hook):
         hook (Hook): That needs them.
 
     Raises:
+        TypeError: If the model is sharded over the processes.
         ValueError: If there are none.
     """
+    if any(isinstance(m, FullyShardedDataParallel) for m in runner.model.modules()):
+        raise TypeError(
+            f'model_wrapper_cfg.type={type(runner.model).__name__} shards the weights, '
+            'of which an equilibrium layer needs all at every evaluation of f: use '
+            'MMDistributedDataParallel; an MDEQ has at most 90 million parameters'
+        )
     layers = equilibrium_layers(runner.model)
     if not layers:
         raise ValueError(

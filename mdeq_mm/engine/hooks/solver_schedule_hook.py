@@ -4,7 +4,7 @@ import copy
 
 from mmengine.hooks import Hook
 
-from ...implicit.checks import check_int
+from ...implicit.checks import check_amount, check_flag, check_int
 from ...implicit.layer import equilibrium_layers
 from ...registry import HOOKS
 from .layers import check_epochs, required_layers
@@ -48,6 +48,7 @@ class SolverScheduleHook(Hook):
                 'SolverScheduleHook.milestones must be a list of dicts such as '
                 f'dict(begin=0, solver=dict(max_steps=5)), got {milestones!r}'
             )
+        check_flag('SolverScheduleHook.by_epoch', by_epoch)
         for i, milestone in enumerate(milestones):
             _check(f'SolverScheduleHook.milestones[{i}]', milestone)
         begins = [milestone['begin'] for milestone in milestones]
@@ -108,18 +109,22 @@ def _check(field, milestone):
     if not hasattr(milestone, 'items') or 'begin' not in milestone:
         raise TypeError(f'{field} must be a dict with begin, got {milestone!r}')
     check_int(f'{field}.begin', milestone['begin'], 0)
-    unknown = sorted(set(milestone) - {'begin', *_FIELDS})
+    unknown = sorted(set(milestone) - {'begin', *_FIELDS}, key=str)
     if unknown:
         raise ValueError(f'{field} has the unknown key {unknown[0]!r}: use {_FIELDS}')
     for name in _FIELDS:
-        for key, value in milestone.get(name, {}).items():
+        entries = milestone.get(name, {})
+        if not hasattr(entries, 'items'):
+            raise TypeError(
+                f'{field}.{name} must be a dict with {" or ".join(_ENTRIES)}, got '
+                f'{entries!r}'
+            )
+        for key, value in entries.items():
             if key not in _ENTRIES:
                 raise ValueError(
                     f'{field}.{name} has the unknown key {key!r}: use {_ENTRIES}'
                 )
             if key == 'max_steps':
                 check_int(f'{field}.{name}.max_steps', value, 1)
-            elif not isinstance(value, int | float) or not 0 <= value < float('inf'):
-                raise ValueError(
-                    f'{field}.{name}.tol={value!r} must be a finite number of 0 or more'
-                )
+            else:
+                check_amount(f'{field}.{name}.tol', value)

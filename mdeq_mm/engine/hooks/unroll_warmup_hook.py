@@ -4,7 +4,7 @@ import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 
-from ...implicit.checks import check_amount, check_int
+from ...implicit.checks import check_amount, check_flag, check_int
 from ...implicit.layer import equilibrium_layers
 from ...registry import HOOKS
 from .layers import check_epochs, required_layers
@@ -56,6 +56,7 @@ class UnrollWarmupHook(Hook):
     ):
         check_int('UnrollWarmupHook.unroll_steps', unroll_steps, 1)
         check_int('UnrollWarmupHook.end', end, 0)
+        check_flag('UnrollWarmupHook.by_epoch', by_epoch)
         if threshold is not None:
             check_amount('UnrollWarmupHook.threshold', threshold)
             if threshold == 0 or end == 0:

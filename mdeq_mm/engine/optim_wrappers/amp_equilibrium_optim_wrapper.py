@@ -1,18 +1,19 @@
 """The same in mixed precision."""
 
 import torch
-from mmengine.optim import AmpOptimWrapper
 
 from ...registry import OPTIM_WRAPPERS
 from .failure_policy import FailurePolicy
+from .mixed_precision import MixedPrecision
 
 
 @OPTIM_WRAPPERS.register_module()
-class AmpEquilibriumOptimWrapper(FailurePolicy, AmpOptimWrapper):
+class AmpEquilibriumOptimWrapper(FailurePolicy, MixedPrecision):
     """``AmpOptimWrapper`` with a policy on failed solves.
 
     Takes what ``AmpOptimWrapper`` takes beside the arguments of
-    :class:`FailurePolicy`, and their checkpoints are the same.
+    :class:`FailurePolicy`, and their checkpoints are the same. On a CPU, which
+    ``AmpOptimWrapper`` refuses, it computes in bfloat16.
 
     Gradients that overflow under a loss scale are the scaler's business: it leaves
     the step out and lowers the scale, and neither is a failure. At a scale of 1 or

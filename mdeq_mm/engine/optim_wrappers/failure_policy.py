@@ -38,8 +38,8 @@ class FailurePolicy:
     equilibrium layer have this protection too. Weights that are not finite end the
     training under any policy, since no later step can mend them.
 
-    The history of dropped steps is not part of checkpoints: a resumed training
-    counts anew.
+    The history of dropped steps is part of checkpoints with :class:`ExactResumeHook`;
+    without it a resumed training counts anew.
 
     Args:
         policy (str): What follows from failed samples. ``'warn'``: a warning.
@@ -181,6 +181,23 @@ class FailurePolicy:
                 f'dropped the step ({sum(self._history)} of the last '
                 f'{len(self._history)}) for {verdict}.',
             )
+
+    def counts(self):
+        """dict: What was dropped and warned of so far, for a checkpoint."""
+        return dict(
+            skipped=self.skipped, history=list(self._history), warned=dict(self._warned)
+        )
+
+    def restore_counts(self, counts):
+        """Go on from what :meth:`counts` gave.
+
+        Args:
+            counts (dict): Of a checkpoint.
+        """
+        self.skipped = counts['skipped']
+        self._history.clear()
+        self._history.extend(counts['history'])
+        self._warned = dict(counts['warned'])
 
     def _loss_scale(self, device):
         """Scale of the gradients that somebody lowers on overflow, or None."""

@@ -37,6 +37,9 @@ class Gradient:
             ValueError: With what to use instead.
         """
 
+    def forget(self):
+        """Drop what was kept of earlier solves to start later ones from."""
+
     def __call__(self, equation, start: Tensor, solver, trace=False):
         """Solve, and return f(z*) with gradients.
 
@@ -250,6 +253,47 @@ def _sound_samples(equation, z, y):
         linear = Linearisation(one, z[row], one.tensors, z.new_ones(1).bool())
         sound.append(_shared_are_finite(one, linear.full_product(y[row])))
     return torch.tensor(sound, device=z.device)
+
+
+class _Tell(torch.autograd.Function):
+    """The identity, whose backward pass tells a weight of overflow behind it."""
+
+    @staticmethod
+    def forward(ctx, out, healthy, weight):
+        ctx.save_for_backward(healthy)
+        ctx.like = weight.shape, weight.dtype
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (healthy,) = ctx.saved_tensors
+        shape, dtype = ctx.like
+        overflow = (healthy & ~grad.isfinite().all(1)).any()
+        mark = torch.zeros(shape, dtype=dtype, device=grad.device)
+        return grad, None, mark.masked_fill_(overflow, math.inf)
+
+
+def tell_overflow(equation, out: Tensor, residual: Tensor):
+    """f(z*) as it is, for equations in float16.
+
+    A sample whose incoming gradient is not finite contributes nothing to the
+    gradients of f. In float16 that is an overflow of what follows, which a loss scaler
+    would not see: it has to find a weight whose gradient is not finite either.
+
+    Args:
+        equation (Equation): f.
+        out (Tensor): (N, D), f(z*).
+        residual (Tensor): (N,), of z*; samples that failed tell nothing.
+    """
+    shared = [
+        t
+        for t, mine in zip(equation.tensors, equation.per_sample, strict=True)
+        if t.requires_grad and not mine
+    ]
+    if not (equation.half and shared and out.requires_grad):
+        return out
+    return _Tell.apply(out, residual.isfinite(), min(shared, key=Tensor.numel))
 
 
 def equilibrium(equation, solution: Solution, adjoint, history=()):

@@ -3,8 +3,9 @@
 import torch
 
 from ...registry import GRADIENTS
+from ..checks import check_flag
 from ..solvers import build_solver
-from ..solvers.base import require_relative
+from ..solvers.base import check_backward
 from .base import Gradient, equilibrium, unit
 
 _DEFAULT = dict(type='BroydenSolver', max_steps=30, tol=1e-6)
@@ -21,7 +22,8 @@ class ImplicitGradient(Gradient):
 
     Args:
         solver (dict | Solver, optional): Solver of the backward pass; its norm
-            must be 'rel'. Default: Broyden, 30 evaluations, tolerance 1e-6.
+            must be 'rel', and samples must stay in the batch. Default: Broyden, 30
+            evaluations, tolerance 1e-6.
         warm_start (bool): Whether a backward solve starts from the adjoints of the
             one before, sample by sample, where the shapes are the same. That pays
             where consecutive steps see the same or similar samples in the same
@@ -29,13 +31,18 @@ class ImplicitGradient(Gradient):
             the steps for it.
 
     Raises:
-        ValueError: If the solver's norm is not 'rel'.
+        TypeError: If an argument has the wrong type.
+        ValueError: If the backward pass cannot use the solver.
     """
 
     def __init__(self, solver=None, warm_start=False):
-        self.solver = build_solver(solver or _DEFAULT)
-        require_relative(self.solver, 'solver')
+        self.solver = build_solver(_DEFAULT if solver is None else solver)
+        check_backward(self.solver, 'solver')
+        check_flag('warm_start', warm_start)
         self.warm_start = warm_start
+        self._last = None
+
+    def forget(self):
         self._last = None
 
     def __call__(self, equation, start, solver, trace=False):

@@ -3,7 +3,7 @@
 import torch
 
 from ...registry import GRADIENTS
-from ..checks import check_int, check_share
+from ..checks import check_flag, check_int, check_share
 from ..solution import Solution, Status
 from .base import Gradient, equilibrium, infinite, iterate, unit
 
@@ -29,6 +29,7 @@ class PhantomGradient(Gradient):
     def __init__(self, steps=5, damping=1.0, unroll=False):
         check_int('steps', steps, 1)
         check_share('damping', damping)
+        check_flag('unroll', unroll)
         self.steps = int(steps)
         self.damping = float(damping)
         self.unroll = unroll

@@ -6,7 +6,7 @@ from ...registry import GRADIENTS
 from ..checks import check_share
 from ..solution import Solution, Status
 from ..solvers import BroydenSolver, build_solver
-from ..solvers.base import require_relative, residual_of
+from ..solvers.base import check_backward, residual_of
 from ..solvers.rows import combine, project
 from .base import Gradient, equilibrium, infinite, unit
 
@@ -21,7 +21,7 @@ class SharedInverseGradient(Gradient):
     steps that the solve took. Its transpose gives the adjoint y = J' y + g without
     an evaluation of f. One product with J' then refines the estimate, and tells how
     good it was: the residual ||J' y + g - y|| / ||J' y + g|| of the adjoint
-    equation. Where that exceeds ``limit`` in any sample, a solver goes on from the
+    equation. For samples where that exceeds ``limit``, a solver goes on from the
     refined estimates.
 
     The updates of the forward solve are kept until the backward pass.
@@ -29,10 +29,11 @@ class SharedInverseGradient(Gradient):
     Args:
         limit (float): Residual above which the fallback solves on, in (0, 1].
         fallback (dict | Solver | None): Solver of the backward pass for such
-            batches; its norm must be 'rel'. None takes the estimate in any case.
+            samples; its norm must be 'rel'. None takes the estimate in any case.
 
     Raises:
-        ValueError: If ``limit`` is out of range, or the norm is not 'rel'.
+        ValueError: If ``limit`` is out of range, or the backward pass cannot use
+            the fallback.
     """
 
     def __init__(self, limit=0.2, fallback=_FALLBACK):
@@ -40,7 +41,7 @@ class SharedInverseGradient(Gradient):
         self.limit = float(limit)
         self.fallback = None if fallback is None else build_solver(fallback, 'fallback')
         if self.fallback is not None:
-            require_relative(self.fallback, 'fallback')
+            check_backward(self.fallback, 'fallback')
 
     def check(self, solver):
         """Refuse solvers that build no inverse."""
@@ -62,13 +63,6 @@ class SharedInverseGradient(Gradient):
         y = torch.where(y.isfinite().all(1, keepdim=True), y, direction)
         refined = product(y) + direction
         residual = residual_of(y, refined)
-        if self.fallback is not None and (residual > self.limit).any():
-            # An estimate that is worse than none would only mislead the solver.
-            better = (residual < 1)[:, None]
-            begin = torch.where(better, refined, direction)
-            solution = self.fallback.solve(lambda y: product(y) + direction, begin)
-            solution.steps += 1
-            return solution.value * norm, solution
         finite = refined.isfinite().all(1)
         met = torch.where(residual <= self.limit, Status.CONVERGED, Status.MAX_STEPS)
         solution = Solution(
@@ -77,6 +71,20 @@ class SharedInverseGradient(Gradient):
             steps=torch.ones_like(met),
             status=torch.where(finite, met, int(Status.DIVERGED)),
         )
+        poor = ~(residual <= self.limit)
+        if self.fallback is not None and poor.any():
+            # An estimate that is worse than none would only mislead the solver.
+            better = (residual < 1)[:, None]
+            begin = torch.where(better, refined, direction)
+            solved = self.fallback.solve(lambda y: product(y) + direction, begin)
+            # The others keep theirs, whatever the samples beside them need: a
+            # gradient must not depend on how a batch is spread over processes.
+            solution = Solution(
+                value=torch.where(poor[:, None], solved.value, solution.value),
+                residual=torch.where(poor, solved.residual, solution.residual),
+                steps=solution.steps + torch.where(poor, solved.steps, 0),
+                status=torch.where(poor, solved.status, solution.status),
+            )
         return solution.value * norm, solution
 
 

@@ -1,13 +1,12 @@
 """The one loop of all solvers."""
 
 import math
-import numbers
 
 import torch
 from torch import Tensor
 
 from ...registry import SOLVERS, build_from
-from ..checks import check_int
+from ..checks import check_int, is_number
 from ..solution import Solution, Status
 
 
@@ -16,12 +15,17 @@ def build_solver(cfg, field='solver'):
     return build_from(SOLVERS, cfg, field)
 
 
-def require_relative(solver, field):
-    """Refuse a solver for the backward pass whose residual is absolute."""
+def check_backward(solver, field):
+    """Refuse a solver that the backward pass cannot use."""
     if solver.norm != 'rel':
         raise ValueError(
             f'{field}.norm={solver.norm!r} cannot be used: the backward solve runs on '
             "a gradient scaled to unit norm, use 'rel'"
+        )
+    if solver.drop_finished:
+        raise ValueError(
+            f'{field}.drop_finished=True cannot be used: the backward solve runs on f '
+            'recorded for the whole batch, use None or False'
         )
 
 
@@ -98,16 +102,16 @@ class Solver:
         check_int('max_steps', max_steps, 1)
         check_int('patience', patience, 1)
         check_int('check_every', check_every, 1)
-        if not isinstance(tol, numbers.Real) or isinstance(tol, bool):
+        if not is_number(tol):
             raise TypeError(f'tol must be a number, got {tol!r}')
         if not 0 <= tol < math.inf:
             raise ValueError(
                 f'tol={tol} must be finite and at least 0; 0 runs all max_steps '
                 'evaluations'
             )
-        if norm not in self.growth:
+        if not isinstance(norm, str) or norm not in self.growth:
             raise ValueError(f"norm={norm!r} is unknown: use 'rel' or 'abs'")
-        if drop_finished not in (None, True, False):
+        if drop_finished is not None and not isinstance(drop_finished, bool):
             raise TypeError(
                 f'drop_finished must be True, False or None, got {drop_finished!r}'
             )

@@ -1,9 +1,8 @@
 """Settings of f, stem and injection: the five official sizes and custom ones."""
 
-import numbers
 from dataclasses import dataclass, fields
 
-from ...implicit.checks import check_int
+from ...implicit.checks import check_flag, check_int, is_number
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,8 @@ class Arch:
         check_int('arch.expansion', self.expansion, 1)
         check_int('arch.downsample_times', self.downsample_times, 0)
         for name in ('post_gn_affine', 'weight_norm'):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(
-                    f'arch.{name} must be True or False, got {getattr(self, name)!r}'
-                )
-        if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
+            check_flag(f'arch.{name}', getattr(self, name))
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(
                 f'arch.dropout={self.dropout!r} is out of range: use 0 <= dropout < 1'
             )
@@ -127,7 +123,7 @@ def build_arch(arch):
             f'got {arch!r}'
         )
     known = [f.name for f in fields(Arch)]
-    unknown = sorted(set(arch) - set(known))
+    unknown = sorted(map(str, set(arch) - set(known)))
     if unknown:
         raise TypeError(
             f'arch has no field {", ".join(unknown)}: its fields are {", ".join(known)}'

@@ -2,15 +2,17 @@
 
 import numbers
 import warnings
+from collections.abc import Sequence
 
 import torch
-from mmcv.cnn import ConvModule
+from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.model import BaseModule
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...implicit import EquilibriumLayer, StateSpec
+from ...implicit.checks import check_flag, check_int, is_number
 from ...implicit.state import has_channels_last
 from ...registry import MODELS
 from ...utils.checkpoint import check_no_more, check_state_dict, init_pretrained
@@ -90,14 +92,18 @@ class MDEQ(BaseModule):
     ):
         super().__init__(_init_cfg(pretrained, init_cfg))
         if drop_rate is not None:
-            if not isinstance(drop_rate, numbers.Real) or not 0 <= drop_rate < 1:
+            if not is_number(drop_rate) or not 0 <= drop_rate < 1:
                 raise ValueError(
                     f'drop_rate={drop_rate!r} is out of range: use 0 <= drop_rate < 1'
                 )
             arch = vars(build_arch(arch)) | dict(dropout=drop_rate)
         self.arch = build_arch(arch)
         self.out_indices = _out_indices(out_indices, len(self.arch.channels))
-        if frozen_stages not in (-1, 0, 1, 2):
+        check_int('in_channels', in_channels, 1)
+        flags = dict(norm_eval=norm_eval, with_cp=with_cp, warm_start=warm_start)
+        for name, value in flags.items():
+            check_flag(name, value)
+        if type(frozen_stages) is not int or not -1 <= frozen_stages <= 2:
             raise ValueError(
                 f'frozen_stages={frozen_stages!r} is out of range: use -1 (nothing), '
                 '0 (stem), 1 (injection too) or 2 (everything)'
@@ -108,6 +114,7 @@ class MDEQ(BaseModule):
         self.warm_start = warm_start
 
         width = self.arch.channels[0]
+        _check_norm(norm_cfg, width)
         self.stem = nn.Sequential()
         for i in range(max(2, self.arch.downsample_times)):
             self.stem.append(
@@ -168,14 +175,7 @@ class MDEQ(BaseModule):
         Raises:
             ValueError: If the images are too small.
         """
-        least = self.arch.min_size
-        if min(x.shape[2:]) < least:
-            raise ValueError(
-                f'images of {x.shape[2]}x{x.shape[3]} pixels are too small for '
-                f'{len(self.arch.channels)} branches after '
-                f'{self.arch.downsample_times} halvings: use at least {least} a side, '
-                'or fewer branches'
-            )
+        self._check_images(x)
         injection = self.injection(self.stem(x))
         start = self._start(injection)
         if self.warm_start and not self.training:
@@ -190,6 +190,29 @@ class MDEQ(BaseModule):
         maps = self.equilibrium(start, injection, *masks)
         # The state is float32 or wider; what follows is as wide as the images.
         return tuple(maps[i].to(x.dtype) for i in self.out_indices)
+
+    def _check_images(self, x):
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'images of shape {tuple(x.shape)} do not fit in_channels='
+                f'{self.in_channels}: use (N, {self.in_channels}, height, width)'
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f'images are of type {x.dtype}, and must be of a floating-point one: '
+                'convert and scale them first'
+            )
+        size, least = x.shape[2:], self.arch.min_size
+        # Where a group is one channel, the norm of one pixel would be left.
+        single = self.arch.num_groups in self.arch.channels and max(size) <= least
+        if min(size) < least or single:
+            raise ValueError(
+                f'images of {size[0]}x{size[1]} pixels are too small for '
+                f'{len(self.arch.channels)} branches after '
+                f'{self.arch.downsample_times} halvings: use '
+                f'{"more than" if single else "at least"} {least} a side, or fewer '
+                'branches'
+            )
 
     def _start(self, injection):
         """States of zeros for an injection, in its memory format."""
@@ -295,6 +318,12 @@ def _init_cfg(pretrained, init_cfg):
         )
         return dict(type='Pretrained', checkpoint=pretrained)
     if init_cfg is not None:
+        for cfg in init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]:
+            if not hasattr(cfg, 'items') or 'type' not in cfg:
+                raise TypeError(
+                    'init_cfg must be a dict with a type, or a list of such dicts, '
+                    f'got {init_cfg!r}'
+                )
         return init_cfg
     # Weight-normalised convolutions keep PyTorch's own initialisation, as in the
     # official model: writing to the normalised weight leaves what it is made of.
@@ -304,18 +333,38 @@ def _init_cfg(pretrained, init_cfg):
     ]
 
 
+def _check_norm(norm_cfg, channels):
+    if norm_cfg is None:
+        return
+    if not hasattr(norm_cfg, 'items') or 'type' not in norm_cfg:
+        raise TypeError(
+            "norm_cfg must be a dict with a type, such as dict(type='BN'), got "
+            f'{norm_cfg!r}'
+        )
+    try:
+        build_norm_layer(norm_cfg, channels)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'norm_cfg={norm_cfg!r} makes no norm of {channels} channels: '
+            f'{" ".join(str(error).split()) or "an argument is missing"}'
+        ) from error
+
+
 def _out_indices(out_indices, branches):
     if out_indices is None:
         return tuple(range(branches))
     if isinstance(out_indices, int):
         out_indices = (out_indices,)
+    if not isinstance(out_indices, Sequence):
+        raise TypeError(f'out_indices must be a list of integers, got {out_indices!r}')
     if not out_indices:
         raise ValueError(
             f'out_indices={out_indices!r} is empty: name at least one of the '
             f'{branches} branches'
         )
     for index in out_indices:
-        if not isinstance(index, numbers.Integral) or not 0 <= index < branches:
+        integer = isinstance(index, numbers.Integral) and not isinstance(index, bool)
+        if not integer or not 0 <= index < branches:
             raise ValueError(
                 f'out_indices={tuple(out_indices)} holds {index!r}, but there are '
                 f'{branches} branches: use 0 to {branches - 1}'

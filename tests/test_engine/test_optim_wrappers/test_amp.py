@@ -1,31 +1,21 @@
 """The twin in mixed precision: with a loss scaler on a CPU, and on a GPU."""
 
-from functools import partial
-
 import pytest
 import torch
 from mmengine.optim import AmpOptimWrapper
-from mmengine.optim.optimizer import amp_optimizer_wrapper
 from torch import nn
 
 from mdeq_mm.engine.optim_wrappers import (
     AmpEquilibriumOptimWrapper,
     EquilibriumFailure,
 )
+from mdeq_mm.engine.optim_wrappers.mixed_precision import MixedPrecision
 from tests.helpers import logged
 
 from .conftest import forward_status, gradient, image, training
 
 GPU = torch.cuda.is_available()
-
-
-@pytest.fixture
-def scaler_on_cpu(monkeypatch):
-    """Lets the parent, which refuses a CPU, scale losses there."""
-    monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
-    monkeypatch.setattr(
-        amp_optimizer_wrapper, 'GradScaler', partial(torch.amp.GradScaler, 'cpu')
-    )
+needs_gpu = pytest.mark.skipif(not GPU, reason='needs a GPU')
 
 
 def amp(folder, fault, at, **options):
@@ -40,15 +30,44 @@ def amp(folder, fault, at, **options):
     )
 
 
-@pytest.mark.skipif(GPU, reason='the parent takes a GPU')
-def test_refused_as_by_the_parent():
+@pytest.mark.skipif(GPU, reason='for machines without a GPU')
+def test_takes_a_cpu():
+    """Which the parent refuses."""
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
-    said = []
-    for cls in (AmpOptimWrapper, AmpEquilibriumOptimWrapper):
-        with pytest.raises(AssertionError) as caught:
-            cls(optimizer=optimizer)
-        said.append(str(caught.value))
-    assert said[0] == said[1]
+    with pytest.raises(AssertionError):
+        AmpOptimWrapper(optimizer=optimizer)
+    wrapper = AmpEquilibriumOptimWrapper(optimizer=optimizer)
+    model = nn.Linear(1, 1)
+    with wrapper.optim_context(model):
+        assert model(torch.ones(1, 1)).dtype == torch.bfloat16
+    assert wrapper.loss_scaler.get_scale() == 2.0**16
+    assert wrapper.loss_scaler.state_dict()['growth_interval'] == 2000
+
+
+def test_a_fixed_scale_stays():
+    model = Weight(loss_scale=32)
+    handle = model.weight.register_hook(lambda grad: grad * float('inf'))
+    assert model.step(1.0) == (1.0, 32.0)
+    handle.remove()
+    assert model.step(1.0) == (0.5, 32.0)
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'said'),
+    [
+        (dict(dtype='float64'), ValueError, r"dtype='float64' is no reduced precision"),
+        (dict(use_fsdp=True), ValueError, r'use_fsdp=True.*MMDistributedDataParallel'),
+        (dict(loss_scale=True), TypeError, r'loss_scale must be.*True'),
+        (dict(loss_scale='static'), TypeError, r"loss_scale must be.*'static'"),
+        pytest.param(
+            dict(dtype=torch.float16), ValueError, r'float16 needs a GPU',
+            marks=pytest.mark.skipif(GPU, reason='for machines without a GPU'),
+        ),
+    ],
+)  # fmt: skip
+def test_refuses(options, error, said):
+    with pytest.raises(error, match=said):
+        Weight(**options)
 
 
 class Weight:
@@ -65,7 +84,7 @@ class Weight:
         return self.weight.item(), self.wrapper.loss_scaler.get_scale()
 
 
-def test_overflow_is_the_scalers_business(scaler_on_cpu):
+def test_overflow_is_the_scalers_business():
     model = Weight(loss_scale=dict(init_scale=2.0**120), policy='stop')
     assert model.step(0.5) == (0.75, 2.0**120)
     # Finite, and no more once it is scaled.
@@ -75,7 +94,7 @@ def test_overflow_is_the_scalers_business(scaler_on_cpu):
     assert model.step(0.5) == (0.5, 2.0**119)
 
 
-def test_a_loss_that_is_not_finite_is_none_of_the_scalers(scaler_on_cpu):
+def test_a_loss_that_is_not_finite_is_none_of_the_scalers():
     model = Weight(loss_scale=dict(init_scale=1024.0), policy='warn')
     with logged() as texts:
         assert model.step(float('nan')) == (1.0, 1024.0)
@@ -84,7 +103,7 @@ def test_a_loss_that_is_not_finite_is_none_of_the_scalers(scaler_on_cpu):
     assert model.step(1.0) == (0.5, 1024.0)
 
 
-def test_overflow_without_a_scale_is_a_failure(scaler_on_cpu):
+def test_overflow_without_a_scale_is_a_failure():
     for scale, skipped in ((2.0, 0), (1.0, 1)):
         model = Weight(loss_scale=dict(init_scale=scale), policy='warn')
         handle = model.weight.register_hook(lambda grad: grad * float('inf'))
@@ -94,7 +113,7 @@ def test_overflow_without_a_scale_is_a_failure(scaler_on_cpu):
         assert model.step(1.0)[0] == 0.5
 
 
-def test_without_scaler(scaler_on_cpu):
+def test_without_scaler():
     model = Weight(loss_scale=dict(enabled=False), policy='warn')
     handle = model.weight.register_hook(lambda grad: grad * float('inf'))
     assert model.step(1.0)[0] == 1.0
@@ -103,9 +122,11 @@ def test_without_scaler(scaler_on_cpu):
     assert model.step(1.0)[0] == 0.5
 
 
-def test_checkpoints_are_those_of_the_parent(scaler_on_cpu):
+@pytest.mark.parametrize('parents', [False, pytest.param(True, marks=needs_gpu)])
+def test_checkpoints_are_those_of_the_parent(parents):
     model = Weight(loss_scale=dict(init_scale=64.0))
-    parent = AmpOptimWrapper(optimizer=torch.optim.SGD([model.weight], lr=0.1))
+    cls = AmpOptimWrapper if parents else MixedPrecision
+    parent = cls(optimizer=torch.optim.SGD([model.weight], lr=0.1))
     model.step(1.0)
     parent.load_state_dict(model.wrapper.state_dict())
     assert parent.loss_scaler.get_scale() == 64.0
@@ -116,14 +137,14 @@ def test_checkpoints_are_those_of_the_parent(scaler_on_cpu):
 
 
 @pytest.mark.parametrize('policy', ['warn', 'skip', 'stop'])
-def test_trainings_in_bfloat16(scaler_on_cpu, tmp_path, policy):
+def test_trainings_in_bfloat16(tmp_path, policy):
     """Policies act as without a scaler, which keeps its scale meanwhile."""
     if GPU:
         pytest.skip('autocast would be that of the GPU')
     check_policies(tmp_path, policy, 'bfloat16')
 
 
-@pytest.mark.skipif(not GPU, reason='needs a GPU')
+@needs_gpu
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('policy', ['warn', 'skip', 'stop'])
 def test_trainings_on_a_gpu(tmp_path, policy, dtype):
@@ -149,7 +170,7 @@ def check_policies(folder, policy, dtype):
         assert runner.optim_wrapper.loss_scaler.get_scale() == 8.0
 
 
-def test_overflow_in_a_training(scaler_on_cpu, tmp_path):
+def test_overflow_in_a_training(tmp_path):
     """Weights stay, the scale falls, and it is no failure."""
     if GPU:
         pytest.skip('autocast would be that of the GPU')

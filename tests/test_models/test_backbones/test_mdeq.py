@@ -29,6 +29,20 @@ TINY = dict(channels=(8, 8, 16), num_groups=4, expansion=2, downsample_times=1)
 QUICK = dict(type='BroydenSolver', max_steps=4, tol=1e-3)
 FAST = dict(solver=QUICK, gradient=dict(type='ImplicitGradient', solver=QUICK))
 
+EVERY_SOLVER = [
+    dict(type='PicardSolver', max_steps=80, tol=1e-11),
+    dict(type='PicardSolver', damping=0.7, max_steps=80, tol=1e-11),
+    dict(type='AndersonSolver', max_steps=50, tol=1e-11),
+    dict(type='AndersonSolver', memory=3, mixing=0.8, max_steps=12, tol=0),
+    dict(type='BroydenSolver', max_steps=50, tol=1e-11),
+    dict(type='BroydenSolver', memory=4, norm='abs', max_steps=50, tol=1e-9),
+]
+
+
+def shown(solver):
+    """Name of a case."""
+    return '-'.join(map(str, solver.values()))
+
 
 def tiny(**options):
     arch = TINY | options.pop('arch', {})
@@ -187,8 +201,9 @@ class TestForward:
         found = torch.cat([m.flatten(1) for m in maps], 1)
         assert relative(found, backbone.last_solution.value) < 1e-12
 
-    def test_predictions_do_not_depend_on_the_batch(self):
-        model = project_classifier()
+    @pytest.mark.parametrize('solver', EVERY_SOLVER, ids=shown)
+    def test_predictions_do_not_depend_on_the_batch(self, solver):
+        model = project_classifier(solver=solver)
         images = project_golden()['input'].double()
         hard = torch.cat([images, 100 * images[:1], images[:1] * torch.nan])
         with torch.no_grad():
@@ -200,13 +215,16 @@ class TestForward:
                 for a, b in zip(alone, together, strict=True):
                     assert relative(a, b[i : i + 1]) < 1e-9
 
-    def test_predictions_do_not_depend_on_the_batch_in_single_precision(self):
-        model = project_classifier(solver=dict(type='AndersonSolver', tol=1e-4)).float()
+    @pytest.mark.parametrize('solver', EVERY_SOLVER, ids=shown)
+    def test_predictions_do_not_depend_on_the_batch_in_single_precision(self, solver):
+        model = project_classifier(solver=solver | dict(tol=1e-4)).float()
         images = project_golden()['input']
         with torch.no_grad():
             together = model.backbone(images)
+            steps = model.backbone.last_solution.steps.tolist()
             for i in range(3):
                 alone = model.backbone(images[i : i + 1])
+                assert model.backbone.last_solution.steps.item() == steps[i]
                 for a, b in zip(alone, together, strict=True):
                     assert relative(a, b[i : i + 1]) < 1e-5
 
