@@ -16,11 +16,11 @@ from typing import NoReturn
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import DATASETS, RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 
 import mdeq_mm
 from mdeq_mm.models import MDEQ
@@ -28,6 +28,7 @@ from mdeq_mm.tasks import SCOPES
 from mdeq_mm.utils.checkpoint import (
     check_finite,
     check_no_more,
+    check_resumable,
     check_state_dict,
     read_checkpoint,
     state_dict_of,
@@ -41,6 +42,9 @@ warnings.filterwarnings('ignore', 'When align_corners=True, the output would mor
 
 # What torchrun sets for each of its processes.
 TORCHRUN_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+
+# What the names of wrappers and strategies that shard weights have in them.
+SHARDING = ('FullySharded', 'FSDP', 'DeepSpeed', 'Colossal')
 
 
 def fail(message: str) -> NoReturn:
@@ -241,6 +245,33 @@ def build_loops(runner: Runner, stages: Sequence[str]) -> None:
             if isinstance(error, TypeError) and _said_by_us(error) is None:
                 raise
             fail(f'the data set of {stage}_dataloader cannot be read: {error}')
+        check_processes_agree(runner, stage)
+
+
+def check_processes_agree(runner: Runner, stage: str) -> None:
+    """Refuse data that would let processes wait for one another for ever.
+
+    Each takes part in the mean of all gradients, so each has to make as many steps.
+    """
+    loop = getattr(runner, f'{stage}_loop')
+    loader = getattr(loop, 'dataloader', None)
+    if not hasattr(getattr(loader, 'dataset', None), '__len__'):
+        return
+    found = all_gather_object((len(loader.dataset), len(loader)))
+    samples, batches = (sorted(set(numbers)) for numbers in zip(*found, strict=True))
+    if len(samples) > 1:
+        fail(
+            f'the processes find different numbers of samples in {stage}_dataloader.'
+            f'dataset, {samples[0]} to {samples[-1]}: give every machine the same '
+            'files.'
+        )
+    # Loops over iterations begin anew where their data end.
+    if isinstance(loop, EpochBasedTrainLoop) and len(batches) > 1:
+        fail(
+            f'the processes have {batches[0]} to {batches[-1]} batches an epoch, and '
+            'the one with more would wait for the others for ever: set '
+            'train_dataloader.sampler.round_up=True.'
+        )
 
 
 def set_dataloader_defaults(
@@ -341,11 +372,29 @@ def replace_sync_bn(cfg: Config) -> int:
             count += sum(replace(v) for v in node)
         return count
 
-    return replace(cfg.model)
+    # The Runner's own way to ask for it.
+    whole = cfg.pop('sync_bn', None) is not None
+    return replace(cfg.model) + whole
+
+
+def check_not_sharded(cfg: Config) -> None:
+    """Refuse to shard an MDEQ, before a strategy does."""
+    if 'MDEQ' not in str(cfg.get('model')):
+        return
+    for field in ('model_wrapper_cfg', 'strategy'):
+        name = str((cfg.get(field) or {}).get('type', ''))
+        if any(word in name for word in SHARDING):
+            fail(
+                f'{field}.type={name!r} shards the weights, of which an equilibrium '
+                'layer needs all at every evaluation of f: use '
+                'MMDistributedDataParallel, or leave it out; an MDEQ has at most 90 '
+                'million parameters.'
+            )
 
 
 def build_runner(cfg: Config) -> Runner:
     """Build the runner that the config asks for."""
+    check_not_sharded(cfg)
     try:
         return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
     except (TypeError, ValueError) as error:
@@ -366,9 +415,11 @@ def run(work: Callable[[], object]) -> object:
     try:
         return work()
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        if not _is_ours(error):
+        # mmengine's registries wrap what a class raises.
+        said = _said_by_us(error)
+        if said is None:
             raise
-        fail(str(error))
+        fail(str(said))
 
 
 def _said_by_us(error: BaseException) -> BaseException | None:
@@ -399,8 +450,11 @@ def close_process_group() -> None:
 
 def check_checkpoint_path(path: str) -> None:
     """Refuse a checkpoint that does not exist; remote ones are left alone."""
-    if not is_remote(path) and not osp.isfile(path):
-        fail(f'the checkpoint {path!r} does not exist.')
+    if is_remote(path) or osp.isfile(osp.expanduser(path)):
+        return
+    if osp.isdir(osp.expanduser(path)):
+        fail(f'the checkpoint {path!r} is a folder; name a file in it.')
+    fail(f'the checkpoint {path!r} does not exist.')
 
 
 def check_checkpoint_sound(runner: Runner, path: str) -> None:
@@ -409,10 +463,16 @@ def check_checkpoint_sound(runner: Runner, path: str) -> None:
 
     What else it lacks is left to the model: fine-tuning replaces heads.
     """
+    model = _bare_model(runner)
     try:
         state = state_dict_of(read_checkpoint(path))
         check_finite(state)
-        for name, module in _bare_model(runner).named_modules():
+        if model.state_dict().keys().isdisjoint(state):
+            raise ValueError(
+                f'none of its {len(state)} names, which begin with '
+                f"{list(state)[:2]}, is one of the model's: convert or rename them"
+            )
+        for name, module in model.named_modules():
             if isinstance(module, MDEQ):
                 check_state_dict(module, state, f'{name}.')
                 check_no_more(module, state, f'{name}.')
@@ -420,14 +480,18 @@ def check_checkpoint_sound(runner: Runner, path: str) -> None:
         fail(f'the checkpoint {path!r} cannot be used: {error}')
 
 
-def check_checkpoint_fits(runner: Runner, path: str) -> None:
-    """Refuse a checkpoint that does not hold the whole model.
+def check_checkpoint_fits(runner: Runner, path: str, resume: bool = False) -> None:
+    """Refuse a checkpoint that does not hold the whole model, nor, to resume from,
+    the state of a training.
 
     mmengine only logs what is missing or does not fit, and would go on with random
     weights.
     """
     try:
-        check_state_dict(_bare_model(runner), state_dict_of(read_checkpoint(path)), '')
+        checkpoint = read_checkpoint(path)
+        check_state_dict(_bare_model(runner), state_dict_of(checkpoint), '')
+        if resume:
+            check_resumable(checkpoint)
     except (OSError, RuntimeError, ValueError) as error:
         fail(f'the checkpoint {path!r} cannot be used with this config: {error}')
 

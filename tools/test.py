@@ -22,6 +22,7 @@ from common import (
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
+from mdeq_mm.engine.hooks.checkpoint_guard_hook import guard_checkpoints
 from mdeq_mm.utils.checkpoint import allow_runner_checkpoints
 
 DATALOADERS = ('test_dataloader',)
@@ -190,6 +191,8 @@ def main() -> None:
     merge_args(cfg, args)
     set_launcher(cfg, args)
 
+    # Not every config carries the hook that does this too.
+    allow_runner_checkpoints()
     runner = build_runner(cfg)
     check_data_roots(cfg, DATALOADERS)
     build_loops(runner, ['test'])
@@ -198,9 +201,7 @@ def main() -> None:
     if stores_file and args.out_item != 'metrics':
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
 
-    # The original mmengine cannot read its own checkpoints without this under PyTorch
-    # 2.6 and later, and not every config carries the hook that does it.
-    allow_runner_checkpoints()
+    guard_checkpoints(runner)
     metrics = run(runner.test)
     if stores_file and args.out_item == 'metrics' and runner.rank == 0:
         mmengine.dump(metrics, args.out)

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os.path as osp
 
 from common import (
     add_common_arguments,
@@ -21,11 +20,13 @@ from common import (
     set_launcher,
 )
 from mmengine.config import Config
+from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from mmengine.registry import OPTIM_WRAPPERS
-from mmengine.runner import find_latest_checkpoint
 
+from mdeq_mm.engine.hooks.checkpoint_guard_hook import guard_checkpoints
 from mdeq_mm.utils.checkpoint import allow_runner_checkpoints
+from mdeq_mm.utils.saving import find_resumable, point_to
 
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
@@ -49,7 +50,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--amp',
         action='store_true',
-        help='train with automatic mixed precision (needs an accelerator)',
+        help='train with automatic mixed precision: float16 on a GPU, bfloat16 on a '
+        'CPU',
     )
     parser.add_argument(
         '--auto-scale-lr',
@@ -71,14 +73,12 @@ def parse_args() -> argparse.Namespace:
 
 def enable_amp(cfg: Config) -> None:
     """Replace the optimiser wrapper by its mixed-precision counterpart."""
-    if not has_accelerator():
-        fail(
-            '--amp needs an accelerator: mixed-precision training is not available '
-            'on a CPU; leave --amp out, or train on a GPU.'
-        )
     name = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if not isinstance(name, str):
         name = name.__name__
+    if not has_accelerator() and name in ('OptimWrapper', 'AmpOptimWrapper'):
+        # mmengine's own refuses a CPU.
+        name = 'EquilibriumOptimWrapper'
     if name.startswith('Amp'):
         print_log(f'The config uses {name}: mixed precision is on already.', 'current')
         return
@@ -121,17 +121,21 @@ def find_resumed(cfg: Config) -> str | None:
         return None
     if cfg.get('load_from'):
         return cfg.load_from
-    latest = find_latest_checkpoint(cfg.work_dir)
+    try:
+        latest, said = find_resumable(cfg.work_dir)
+    except FileNotFoundError as error:
+        fail(f'{error}.')
+    if said is not None:
+        # The loop looks for itself.
+        if is_main_process():
+            point_to(cfg.work_dir, latest)
+        barrier()
+        print_log(f'{said}: resuming from there.', 'current', logging.WARNING)
     if latest is None:
         print_log(
             f'--resume found no checkpoint in {cfg.work_dir}: training starts anew.',
             logger='current',
             level=logging.WARNING,
-        )
-    elif not osp.isfile(latest):
-        fail(
-            f'{osp.join(cfg.work_dir, "last_checkpoint")} names {latest!r}, which does '
-            'not exist; name a checkpoint with --resume CHECKPOINT.'
         )
     return latest
 
@@ -142,19 +146,19 @@ def main() -> None:
     merge_args(cfg, args)
     set_launcher(cfg, args)
 
+    # Not every config carries the hook that does this too.
+    allow_runner_checkpoints()
     runner = build_runner(cfg)
     stages = ['train'] if cfg.get('val_cfg') is None else ['train', 'val']
     check_data_roots(cfg, [f'{stage}_dataloader' for stage in stages])
     build_loops(runner, stages)
     resumed = find_resumed(cfg)
     if resumed is not None:
-        check_checkpoint_fits(runner, resumed)
+        check_checkpoint_fits(runner, resumed, resume=True)
     elif cfg.get('load_from'):
         check_checkpoint_sound(runner, cfg.load_from)
 
-    # The original mmengine cannot read its own checkpoints without this under PyTorch
-    # 2.6 and later, and not every config carries the hook that does it.
-    allow_runner_checkpoints()
+    guard_checkpoints(runner)
     run(runner.train)
     del runner
     close_process_group()

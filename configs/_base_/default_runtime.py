@@ -15,7 +15,10 @@ default_hooks = dict(
     # custom_hooks replaces the whole list, while this dict is merged.
     guard=dict(type='CheckpointGuardHook'),
     failure=dict(type='FailureReportHook'),
+    exact_resume=dict(type='ExactResumeHook'),
     caption=dict(type='EquilibriumCaptionHook'),
+    # Looks at the image files first; on_error='skip' leaves out the unfit ones.
+    data=dict(type='DataGuardHook'),
 )
 
 env_cfg = dict(

@@ -15,6 +15,7 @@ default_hooks = dict(
     # custom_hooks replaces the whole list, while this dict is merged.
     guard=dict(type='CheckpointGuardHook'),
     failure=dict(type='FailureReportHook'),
+    exact_resume=dict(type='ExactResumeHook'),
     caption=dict(type='EquilibriumCaptionHook'),
     data=dict(type='DataGuardHook'),
 )

@@ -191,7 +191,7 @@ def test_baselines_differ_in_the_model_alone(name, baseline):
 def test_runtime_is_that_of_the_toolbox():
     ours, theirs = own('default_runtime.py'), toolbox('default_runtime.py')
     assert ours.pop('custom_imports')
-    for hook in ('guard', 'failure', 'caption'):
+    for hook in ('guard', 'failure', 'exact_resume', 'caption', 'data'):
         assert ours['default_hooks'].pop(hook)
     assert ours == theirs
 

@@ -313,7 +313,7 @@ def test_runtime_is_that_of_the_toolbox():
     assert ours.pop('custom_imports')
     # mmengine's default, written out as in the runtime for classification.
     assert ours.pop('randomness') == dict(seed=None, deterministic=False)
-    for added in ('guard', 'data', 'failure', 'caption'):
+    for added in ('guard', 'data', 'failure', 'exact_resume', 'caption'):
         assert ours['default_hooks'].pop(added)
     assert ours.pop('default_hooks') == hooks
     assert ours == theirs

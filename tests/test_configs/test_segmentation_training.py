@@ -52,7 +52,7 @@ MONITORED = 'default_hooks.monitor.interval=1'
 # Mostly the smallest of the six sizes, each of which is evaluated twice.
 SIZES = [f'tta_pipeline.1.transforms.0.{i}.scale_factor=0.5' for i in (1, 3, 4, 5)]
 
-FAST = (f'fcn_mdeq-small_{S}', f'pspnet_mdeq-small_{S}', f'fcn_hr18s_{S}')
+FAST = (f'fcn_mdeq-small_{S}', f'fcn_hr18s_{S}')
 CASES = [
     pytest.param(
         path.stem,

@@ -1,9 +1,7 @@
-"""Each MDEQ config trains, evaluates, saves and resumes on an image folder.
+"""MDEQ configs train, evaluate, save and resume on an image folder.
 
-With the smallest model of each family nothing but ``data_root`` is overridden; a
-hook ends the run after one epoch. The others run on the options that a user would
-give on the command line to make them small: images of 64 pixels instead of 224 on
-ImageNet, and fewer iterations where a config counts those.
+Nothing but ``data_root`` is overridden; a hook ends the run after one epoch. That all
+configs train is in test_every_config.py.
 """
 
 import math
@@ -20,26 +18,14 @@ from mdeq_mm.utils.checkpoint import read_checkpoint
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 
-SMALL_IMAGES = {
-    'train_dataloader.dataset.pipeline.1.scale': 64,
-    'val_dataloader.dataset.pipeline.1.scale': 72,
-    'val_dataloader.dataset.pipeline.2.crop_size': 64,
-}
 CASES = [
-    pytest.param('imagenet/mdeq-small_4xb32-100e_in1k.py', {}, id='small'),
-    pytest.param('cifar10/mdeq-tiny_2xb64-50e_cifar10.py', {}, id='cifar-tiny'),
-    pytest.param('cifar10/mdeq-large_4xb32-220e_cifar10.py', {}, id='cifar-large'),
-] + [
-    pytest.param(config, options, id=Path(config).stem, marks=pytest.mark.slow)
-    for config, options in [
-        ('imagenet/mdeq-small_official_4xb32-100e_in1k.py', SMALL_IMAGES),
-        ('imagenet/mdeq-large_4xb32-100e_in1k.py', SMALL_IMAGES),
-        ('imagenet/mdeq-large_official_4xb32-100e_in1k.py', SMALL_IMAGES),
-        ('imagenet/mdeq-xl_8xb32-100e_in1k.py', SMALL_IMAGES),
-        ('imagenet/mdeq-xl_official_8xb32-100e_in1k.py', SMALL_IMAGES),
-        ('cifar10/mdeq-tiny_official_2xb64-50e_cifar10.py', {}),
-        ('cifar10/mdeq-large_official_4xb32-220e_cifar10.py', {}),
-    ]
+    pytest.param('imagenet/mdeq-small_4xb32-100e_in1k.py', id='small'),
+    pytest.param('cifar10/mdeq-tiny_2xb64-50e_cifar10.py', id='cifar-tiny'),
+    pytest.param(
+        'cifar10/mdeq-large_4xb32-220e_cifar10.py',
+        id='cifar-large',
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
@@ -93,13 +79,13 @@ def work_dir(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-@pytest.mark.parametrize(('config', 'options'), CASES)
-def test_train_evaluate_save_resume(config, options, request, work_dir):
+@pytest.mark.parametrize('config', CASES)
+def test_train_evaluate_save_resume(config, request, work_dir):
     """One unrolled epoch, then a resumed one at the equilibrium."""
     folder = 'imagenet_folder' if config.startswith('imagenet') else 'cifar10_folder'
     data_root = request.getfixturevalue(folder)
 
-    runner, first = train(config, data_root, work_dir, options)
+    runner, first = train(config, data_root, work_dir, {})
     warmup = runner.cfg.default_hooks.warmup
     assert (first.first_iter, first.momentum) == (0, False)
     assert first.evaluations == [warmup.unroll_steps]
@@ -108,7 +94,7 @@ def test_train_evaluate_save_resume(config, options, request, work_dir):
     saved = read_checkpoint(str(work_dir / 'epoch_1.pth'))
     assert saved['meta']['epoch'] == 1
 
-    options = {**options, 'resume': True, 'default_hooks.warmup.end': 1}
+    options = {'resume': True, 'default_hooks.warmup.end': 1}
     runner, second = train(config, data_root, work_dir, options)
     assert (second.first_iter, second.momentum) == (1, True)
     for name, value in saved['state_dict'].items():

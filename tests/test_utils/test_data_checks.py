@@ -1,7 +1,10 @@
-"""Checks of segmentation data sets, on files made for them."""
+"""Checks of data sets, on files made for them."""
 
 import os
+import pickle
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +12,23 @@ from mmengine.registry import init_default_scope
 from PIL import Image
 
 pytest.importorskip('mmseg', reason='mmseg is not installed')
-from mmengine.dataset import ConcatDataset, RepeatDataset
+from mmcv.transforms import TRANSFORMS
+from mmengine.dataset import BaseDataset, ConcatDataset, RepeatDataset
+from mmengine.structures import BaseDataElement
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from torch.utils.data import ConcatDataset as TorchConcatDataset
 from torch.utils.data import IterableDataset
 
-from mdeq_mm.utils.data_checks import check_dataset, leaves
+from mdeq_mm.utils.data_checks import (
+    SampleCheck,
+    check_dataset,
+    examine,
+    guard_samples,
+    leaves,
+    replace_samples,
+    replaced_in,
+)
+from tests.hostile_images import DAMAGED, encoded
 
 SIZE = (8, 6)
 LOAD = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
@@ -201,11 +215,7 @@ def test_half_an_image(folder, suffix):
     path.write_bytes(content + bytes(2000))
     assert check_dataset(data, 'd') == 5
     path.write_bytes(content[: len(content) // 2])
-    if suffix == '.bmp':
-        # Has no end to look for.
-        assert check_dataset(data, 'd') == 5
-    else:
-        assert f'{path} cannot be read as an image' in refused(data, 'd')
+    assert f'{path} cannot be read as an image' in refused(data, 'd')
 
 
 def test_a_damaged_label_map_is_seen_inside(folder):
@@ -287,3 +297,194 @@ def test_images_of_other_kinds_are_left_to_their_loader(folder):
     assert check_dataset(data, 'd') == 5
     path = pixel(folder, 9)
     assert str(path) in refused(data, 'd')
+
+
+# Images and their labels.
+
+
+def image_set(folder, labels=(0, 1, 0, 1, 2), **options):
+    """A classification data set of the five images."""
+    data = BaseDataset(
+        data_root=str(folder),
+        pipeline=[TRANSFORMS.build(dict(type='LoadImageFromFile')), Keep()],
+        metainfo=dict(classes=CLASSES),
+        lazy_init=True,
+        **options,
+    )
+    data.load_data_list = lambda: [
+        dict(img_path=f'{folder}/images/{i}.jpg', gt_label=label)
+        for i, label in enumerate(labels)
+    ]
+    data.full_init()
+    return data
+
+
+class Keep:
+    """Leaves the place and the label of a sample."""
+
+    def __call__(self, results):
+        return {k: results[k] for k in ('sample_idx', 'gt_label', 'img_path')}
+
+
+def test_images_without_label_maps_are_counted(folder):
+    data = image_set(folder)
+    found = examine(TorchConcatDataset([data, RepeatDataset(data, 2)]), 'd')
+    assert (found.images, found.label_maps, found.problems) == (10, 0, [])
+    assert found.sizes == {'d.datasets[0]': 5, 'd.datasets[1].dataset': 5}
+    assert found.classes['d.datasets[0]'] == {0: 2, 1: 2, 2: 1}
+    assert examine(data, 'd', images=False).images == 0
+    shares = [examine(data, 'd', share=(rank, 2)) for rank in (0, 1)]
+    assert [found.images for found in shares] == [3, 2]
+
+
+def test_classes_of_joint_data_sets(folder):
+    """The parts of a MultiTaskDataset are a dict of data sets."""
+    both = SimpleNamespace(datasets=dict(cls=image_set(folder), seg=dataset(folder)))
+    found = examine(both, 'd')
+    assert (found.images, found.label_maps) == (5, 5)
+    (folder / 'images/3.jpg').write_bytes(b'')
+    found = examine(both, 'd')
+    names = [(problem.dataset, problem.index) for problem in found.problems]
+    assert names == [('d.datasets.cls', 3), ('d.datasets.seg', 3)]
+
+
+@pytest.mark.parametrize('kind', DAMAGED)
+def test_damaged_images(folder, kind):
+    _, content, words = DAMAGED[kind]
+    path = folder / 'images/2.jpg'
+    path.write_bytes(content)
+    said = refused(image_set(folder), 'd')
+    assert said.startswith(str(path)) and words in said
+
+
+def test_damage_in_the_middle_is_found_where_all_is_decoded(folder):
+    """The look at both ends, which is quick, cannot."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)
+    content = bytearray(encoded(noise, 'PNG'))
+    content[1000:1100] = bytes(100)
+    (folder / 'images/2.jpg').write_bytes(content)
+    assert not examine(image_set(folder), 'd').problems
+    (problem,) = examine(image_set(folder), 'd', images='whole').problems
+    assert problem.index == 2 and problem.path.endswith('images/2.jpg')
+
+
+@pytest.mark.parametrize(
+    ('label', 'outputs', 'words'),
+    [
+        (3, None, 'gt_label=3, but labels are 0 to 2'),
+        (3, 4, None),
+        (-1, 4, 'gt_label=-1, but labels are 0 to 3'),
+        ([0, 2], None, None),
+        ([0, 3], None, 'gt_label=[0, 3], but labels are 0 to 2'),
+        (np.int64(2), None, None),
+        (1.0, None, 'gt_label=1.0'),
+        ('cat', None, "gt_label='cat'"),
+        ([], None, None),
+    ],
+)
+def test_labels_of_images(folder, label, outputs, words):
+    data = image_set(folder, (0, 0, label, 0, 0))
+    problems = examine(data, 'd', outputs=outputs).problems
+    if words is None:
+        assert problems == []
+    else:
+        (problem,) = problems
+        assert problem.index == 2 and words in problem.said
+        assert f'{folder}/images/2.jpg has' in problem.said
+
+
+def test_images_in_memory_have_labels_alone(folder):
+    """As those of mmpretrain's CIFAR10."""
+    data = image_set(folder)
+    data.data_list = [dict(img=np.zeros(1), gt_label=label) for label in (0, 1, 9)]
+    data.serialize_data = False
+    (problem,) = examine(data, 'd').problems
+    assert problem.said.startswith('sample 2 of d has gt_label=9')
+
+
+def test_what_need_not_be_there_is_not_looked_at(folder):
+    """Files of a server, and those that their loader does without."""
+    (folder / 'images/2.jpg').unlink()
+    for loader in (
+        dict(ignore_empty=True),
+        dict(backend_args=dict(backend='http')),
+    ):
+        data = image_set(folder)
+        data.pipeline.transforms[0] = TRANSFORMS.build(
+            dict(type='LoadImageFromFile', **loader)
+        )
+        assert examine(data, 'd').images == 0
+
+
+def test_no_more_are_looked_for_than_asked(folder):
+    for path in (folder / 'images').iterdir():
+        path.write_bytes(b'')
+    data = RepeatDataset(image_set(folder), 2)
+    assert len(examine(data, 'd').problems) == 5
+    long = image_set(folder)
+    long.load_data_list, short = None, long.load_data_list
+    long._fully_initialized = False
+    long.load_data_list = lambda: short() * 200
+    long.full_init()
+    assert len(examine(long, 'd', workers=1, most=lambda n: 10).problems) == 256
+
+
+def test_progress_is_told(folder):
+    told = []
+    examine(image_set(folder), 'd', progress=lambda *step: told.append(step))
+    assert told == [('d', 5, 5)]
+
+
+# What takes the places of others.
+
+
+@pytest.mark.parametrize(
+    ('bad', 'places'),
+    [
+        ([], [0, 1, 2, 3, 4]),
+        ([1], [0, 2, 2, 3, 4]),
+        ([1, 2, 4], [0, 3, 3, 3, 0]),
+        ([0, 4], [1, 1, 2, 3, 1]),
+        ([0, 1, 2, 3], [4, 4, 4, 4, 4]),
+    ],
+)
+def test_the_next_sound_sample_takes_the_place(folder, bad, places):
+    data = image_set(folder)
+    replace_samples(data, bad)
+    assert [item['sample_idx'] for item in data] == places
+    assert data[-1]['sample_idx'] == places[-1]
+    # Again, as when a training is started twice: none stands upon another.
+    replace_samples(data, [])
+    assert [item['sample_idx'] for item in data] == [0, 1, 2, 3, 4]
+
+
+def test_a_data_set_of_bad_samples_alone_is_refused(folder):
+    with pytest.raises(ValueError, match='without a sound sample'):
+        replace_samples(image_set(folder), range(5))
+
+
+def test_workers_can_be_sent_what_is_replaced(folder):
+    """As processes that are spawned, and not forked, are."""
+    data = dataset(folder, pipeline=[LOAD[0]])
+    replace_samples(data, [1])
+    guard_samples(SampleCheck(data, 'd'), skip=True)
+    (folder / 'images/2.jpg').write_bytes(b'')
+    sent = pickle.loads(pickle.dumps(data))
+    assert [Path(sent[i]['img_path']).stem for i in range(4)] == list('0333')
+
+
+def test_a_row_of_bad_files_ends_the_search(folder):
+    data = image_set(folder)
+    guard_samples(SampleCheck(data, 'd'), skip=True)
+    for path in (folder / 'images').iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match='5 samples of d in a row cannot be loaded'):
+        data[1]
+
+
+def test_batches_tell_what_they_lack():
+    """Whatever they are nested in."""
+    sample = BaseDataElement(metainfo=dict(replaced_samples=[('a', 'b')]))
+    batch = dict(data_samples=[BaseDataElement(), [sample]], inputs=[1])
+    assert list(replaced_in(batch)) == [('a', 'b')]
+    assert list(replaced_in(None)) == []

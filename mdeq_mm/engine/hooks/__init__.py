@@ -2,6 +2,7 @@ from .checkpoint_guard_hook import CheckpointGuardHook
 from .data_guard_hook import DataGuardHook
 from .equilibrium_caption_hook import EquilibriumCaptionHook
 from .equilibrium_monitor_hook import EquilibriumMonitorHook
+from .exact_resume_hook import ExactResumeHook
 from .failure_report_hook import FailureReportHook
 from .jacobian_schedule_hook import JacobianScheduleHook
 from .multi_task_visualization_hook import MultiTaskSegVisualizationHook
@@ -13,6 +14,7 @@ __all__ = [
     'DataGuardHook',
     'EquilibriumCaptionHook',
     'EquilibriumMonitorHook',
+    'ExactResumeHook',
     'FailureReportHook',
     'JacobianScheduleHook',
     'MultiTaskSegVisualizationHook',

@@ -10,6 +10,7 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.structures import BaseDataElement
 
 from ...registry import HOOKS
+from ...utils.saving import ATOMIC
 from ..optim_wrappers import EquilibriumFailure, FailurePolicy
 
 
@@ -35,7 +36,7 @@ class FailureReportHook(Hook):
     priority = 80
 
     def before_train(self, runner):
-        self._wrappers = _wrappers(runner.optim_wrapper)
+        self._wrappers = policy_wrappers(runner.optim_wrapper)
         for wrapper in self._wrappers:
             wrapper.watched = True
         # Of the batches of a step that gradients are accumulated over.
@@ -91,17 +92,26 @@ def _write(runner, report, failure, checkpoint):
     if checkpoint is None:
         return said
     try:
-        runner.save_checkpoint(str(checkpoint.parent), checkpoint.name, by_epoch=False)
+        runner.save_checkpoint(
+            str(checkpoint.parent),
+            checkpoint.name,
+            by_epoch=False,
+            backend_args=dict(backend=ATOMIC),
+        )
     except (OSError, RuntimeError) as error:
         said += f' The checkpoint could not be written: {error}.'
     return said
 
 
-def _wrappers(wrapper):
-    """The wrappers with a policy, of one or of several optimisers."""
+def every_wrapper(wrapper):
+    """The optimiser wrappers of a runner, be it one or several, as a list."""
     several = isinstance(wrapper, OptimWrapperDict)
-    every = wrapper.values() if several else [wrapper]
-    return [w for w in every if isinstance(w, FailurePolicy)]
+    return list(wrapper.values()) if several else [wrapper]
+
+
+def policy_wrappers(wrapper):
+    """Those of :func:`every_wrapper` that have a policy on failed solves."""
+    return [w for w in every_wrapper(wrapper) if isinstance(w, FailurePolicy)]
 
 
 def _metainfo(batch):

@@ -1,13 +1,18 @@
 """The hook that looks at the data before training, and who is asked to do it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from mmengine.dataset import InfiniteSampler, pseudo_collate
 from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, init_default_scope
+from mmengine.structures import BaseDataElement
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
 pytest.importorskip('mmseg', reason='mmseg is not installed')
 from mmengine.model import BaseTTAModel
@@ -15,6 +20,7 @@ from mmseg.datasets import BaseSegDataset
 
 from mdeq_mm.engine import DataGuardHook
 from mdeq_mm.engine.hooks import data_guard_hook
+from mdeq_mm.utils.data_checks import Findings, check_outputs, examine
 from tests.helpers import logged
 
 FILES = 5
@@ -50,7 +56,7 @@ def head(num_classes=2, ignore_index=255):
     return module
 
 
-def runner(train, val=None, **model):
+def runner(train, val=None, work_dir=None, **model):
     module = nn.Module()
     for name, part in model.items():
         setattr(module, name, part)
@@ -60,6 +66,7 @@ def runner(train, val=None, **model):
         val_dataloader=val,
         test_dataloader=train,
         model=module,
+        work_dir=work_dir,
         logger=MMLogger.get_current_instance(),
     )
 
@@ -177,32 +184,186 @@ def test_processes_share_the_work_and_the_error(folder, monkeypatch, rank):
         get_rank=lambda: rank, get_world_size=lambda: 2, all_gather_object=gather
     ).items():
         monkeypatch.setattr(data_guard_hook, name, value)
-    theirs = (2 if rank == 0 else 3, None)
+    theirs = (Findings(2 if rank == 0 else 3), None)
     with logged() as said:
         DataGuardHook().before_train(runner(loader(folder)))
-    assert told == [(3 if rank == 0 else 2, None)]
+    assert [(f.label_maps, said) for f, said in told] == [(3 - rank, None)]
     assert any('Checked 5 label maps' in text for text in said)
 
-    theirs = (0, 'labels/1.png is bad')
+    theirs = (Findings(), 'labels/1.png is bad')
     with pytest.raises(ValueError, match=r'^labels/1\.png is bad$'):
         DataGuardHook().before_train(runner(loader(folder)))
 
     # The other one is told, too, before this one ends.
+    theirs = (Findings(), None)
     path = pixel(folder, 7, index=rank)
     with pytest.raises(ValueError, match=f'{path} holds the label 7'):
         DataGuardHook().before_train(runner(loader(folder)))
-    assert told[-1][0] == 0 and str(path) in told[-1][1]
+    assert told[-1][1] is None
+    (problem,) = told[-1][0].problems
+    assert problem.index == rank and str(path) in problem.said
 
 
 def test_a_classification_head_with_too_few_outputs():
     """Of joint training: the labels would only be missed when they are drawn."""
-    from types import SimpleNamespace
-
-    from mdeq_mm.engine.hooks.data_guard_hook import _check_outputs
-
     dataset = SimpleNamespace(metainfo=dict(classes=tuple('abcd')))
-    heads = {'model.head': SimpleNamespace(num_classes=3)}
+    model = nn.Module()
+    model.head = head(3)
     with pytest.raises(ValueError, match=r'4 classes and model\.head\.num_classes=3'):
-        _check_outputs(heads, dataset, 'train_dataloader.dataset', segments=False)
-    heads['model.head'].num_classes = 4
-    _check_outputs(heads, dataset, 'train_dataloader.dataset', segments=False)
+        check_outputs(model, dataset, 'train_dataloader.dataset')
+    model.head.num_classes = 4
+    check_outputs(model, dataset, 'train_dataloader.dataset')
+
+
+# Left out.
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (dict(on_error='ignore'), "on_error must be one of .* got 'ignore'"),
+        (dict(images='all'), "images must be one of .* got 'all'"),
+        (dict(max_share=2), 'max_share must be between 0 and 1, got 2'),
+    ],
+)
+def test_options_are_checked(options, words):
+    with pytest.raises(ValueError, match=words):
+        DataGuardHook(**options)
+
+
+def skipping(run, **options):
+    DataGuardHook(on_error='skip', max_share=0.5, **options).before_train(run)
+
+
+def places(data):
+    return [Path(item['img_path']).stem for item in data.dataset]
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_all_processes_leave_out_the_same(folder, tmp_path, monkeypatch, rank):
+    """Each has found one of two, and the main one writes the list."""
+    bad = [pixel(folder, 7, index=index) for index in (1, 2)]
+    shares = [
+        (
+            examine(loader(folder).dataset, 'train_dataloader.dataset', share=(r, 2)),
+            None,
+        )
+        for r in (0, 1)
+    ]
+    assert [len(found.problems) for found, _ in shares] == [1, 1]
+    for name, value in dict(
+        get_rank=lambda: rank,
+        get_world_size=lambda: 2,
+        all_gather_object=lambda mine: shares,
+        is_main_process=lambda: rank == 0,
+    ).items():
+        monkeypatch.setattr(data_guard_hook, name, value)
+    data = loader(folder)
+    with logged() as said:
+        skipping(runner(data, work_dir=tmp_path / 'work'))
+    assert places(data) == ['0', '3', '3', '3', '4']
+    (text,) = [text for text in said if 'cannot be used' in text]
+    assert '2 of 5 training samples' in text and str(bad[0]) in text
+    listed = tmp_path / 'work/skipped_files.txt'
+    assert listed.exists() == (rank == 0)
+    if rank == 0:
+        lines = [line.split('\t')[0] for line in listed.read_text().splitlines()]
+        assert lines == [str(folder / f'images/{index}.png') for index in (1, 2)]
+
+
+def test_what_is_mended_is_used_again(folder, tmp_path):
+    pixel(folder, 7, index=1)
+    data = loader(folder)
+    run = runner(data, work_dir=tmp_path)
+    skipping(run)
+    assert places(data) == ['0', '2', '2', '3', '4']
+    pixel(folder, 1, index=1)
+    skipping(run)
+    assert places(data) == ['0', '1', '2', '3', '4']
+    assert not (tmp_path / 'skipped_files.txt').exists()
+
+
+def test_three_of_five_are_too_many(folder, tmp_path):
+    for index in (1, 2, 3):
+        pixel(folder, 7, index=index)
+    with pytest.raises(ValueError, match='3 or more of the 5 samples of train_datal'):
+        skipping(runner(loader(folder), work_dir=tmp_path))
+
+
+def test_testing_leaves_nothing_out(folder):
+    path = pixel(folder, 7)
+    with pytest.raises(ValueError, match=f'{path} .* would be others'):
+        DataGuardHook(on_error='skip').before_test(runner(loader(folder)))
+
+
+def test_a_list_that_cannot_be_written_is_no_reason_to_stop(folder, tmp_path):
+    pixel(folder, 7)
+    (tmp_path / 'file').write_text('')
+    with logged() as said:
+        skipping(runner(loader(folder), work_dir=tmp_path / 'file/work'))
+    assert any('skipped_files.txt could not be written' in text for text in said)
+
+
+def test_what_goes_bad_later_is_told_once_a_doubling(folder, tmp_path):
+    hook = DataGuardHook(on_error='skip', max_share=1)
+    run = runner(loader(folder), work_dir=tmp_path)
+    hook.before_train(run)
+    with logged() as said:
+        for number in (0, 1, 1, 2, 3):
+            replaced = [(f'{number}.png', 'is bad')]
+            sample = BaseDataElement(metainfo=dict(replaced_samples=replaced))
+            hook.after_train_iter(run, 0, dict(data_samples=[sample]))
+    counts = [text.split()[0] for text in said if 'since the training began' in text]
+    assert counts == ['1', '2', '4']
+    lines = (tmp_path / 'skipped_files.txt').read_text().splitlines()
+    assert lines == [f'{number}.png\tis bad' for number in range(4)]
+
+
+def test_a_long_look_tells_how_far_it_is(monkeypatch):
+    logger, now = MMLogger.get_current_instance(), [0.0]
+    monkeypatch.setattr(data_guard_hook.time, 'monotonic', lambda: now[0])
+    progress = data_guard_hook._Progress(logger)
+    with logged() as said:
+        for second in range(61):
+            now[0] = float(second)
+            progress('train', second * 1000, 60000)
+    assert said == [
+        'Looked at 11,000 of 60,000 files of train so far, about 49 s more.',
+        'Looked at 42,000 of 60,000 files of train so far, about 18 s more.',
+    ]
+
+
+class Eager:
+    """As the iterator of mmengine's own loop, made before a hook is asked."""
+
+    def __init__(self, loader):
+        self.loader, self.batches = loader, iter(loader)
+
+
+@pytest.mark.parametrize('persistent', [False, True])
+def test_workers_that_have_begun_are_told(folder, tmp_path, persistent):
+    """They hold copies of the data set, and have taken from the sampler."""
+    data = loader(folder).dataset
+    batches = DataLoader(
+        data,
+        batch_size=1,
+        sampler=InfiniteSampler(data, shuffle=False),
+        num_workers=1,
+        persistent_workers=persistent,
+        collate_fn=pseudo_collate,
+    )
+    run = runner(batches, work_dir=tmp_path)
+    run.train_loop = SimpleNamespace(
+        dataloader=batches, dataloader_iterator=Eager(batches)
+    )
+    assert next(run.train_loop.dataloader_iterator.batches)['img_path'] == [
+        str(folder / 'images/0.png')
+    ]
+    pixel(folder, 7, index=1)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    skipping(run)
+    assert torch.equal(torch.get_rng_state(), state)
+    found = run.train_loop.dataloader_iterator.batches
+    names = [Path(next(found)['img_path'][0]).stem for _ in range(6)]
+    assert names == ['0', '2', '2', '3', '4', '0']
