@@ -12,6 +12,9 @@ PYTHON ?=
 ARGS ?=
 
 RUN := $(ENV)/bin/python
+# The tests of a file stay together, because they share what is slow to make. A
+# process takes a core and about 2 GB.
+TESTS := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 STAMP := $(ENV)/.setup-done
 OPTIONS := $(if $(filter openmmlab,$(STACK)), STACK=openmmlab)
 
@@ -31,10 +34,10 @@ demo: $(STAMP) ## Train MDEQs and their peers on handwritten digits, and compare
 	@$(RUN) tools/demo/digits_demo.py $(ARGS)
 
 test: $(STAMP) ## Run the tests, but for the slow ones
-	@$(RUN) -m pytest -m 'not slow' $(ARGS)
+	@OMP_NUM_THREADS=1 $(TESTS) -m 'not slow' $(ARGS)
 
 test-slow: $(STAMP) ## Run the slow tests
-	@$(RUN) -m pytest -m slow $(ARGS)
+	@OMP_NUM_THREADS=1 $(TESTS) -m slow $(ARGS)
 
 lint: $(STAMP) ## Check style and format
 	@$(RUN) -m ruff check .
