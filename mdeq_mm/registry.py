@@ -73,7 +73,7 @@ def build_from(registry, cfg, field):
             f'{sorted(known)}, or register yours and name its module in custom_imports'
         )
     takes = inspect.signature(cls).parameters
-    unknown = sorted(set(arguments) - set(takes))
+    unknown = sorted(map(str, set(arguments) - set(takes)))
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         raise TypeError(
             f'{field} ({cls.__name__}) has no argument {", ".join(unknown)}: it takes '

@@ -20,13 +20,12 @@ from common import (
     set_launcher,
 )
 from mmengine.config import Config
-from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from mmengine.registry import OPTIM_WRAPPERS
 
 from mdeq_mm.engine.hooks.checkpoint_guard_hook import guard_checkpoints
 from mdeq_mm.utils.checkpoint import allow_runner_checkpoints
-from mdeq_mm.utils.saving import find_resumable, point_to
+from mdeq_mm.utils.saving import mend_pointer
 
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
@@ -122,14 +121,10 @@ def find_resumed(cfg: Config) -> str | None:
     if cfg.get('load_from'):
         return cfg.load_from
     try:
-        latest, said = find_resumable(cfg.work_dir)
+        latest, said = mend_pointer(cfg.work_dir)
     except FileNotFoundError as error:
         fail(f'{error}.')
     if said is not None:
-        # The loop looks for itself.
-        if is_main_process():
-            point_to(cfg.work_dir, latest)
-        barrier()
         print_log(f'{said}: resuming from there.', 'current', logging.WARNING)
     if latest is None:
         print_log(

@@ -5,7 +5,8 @@ import random
 
 import numpy as np
 import torch
-from mmengine.dataset import InfiniteSampler
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.dist import get_rank, get_world_size
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -23,15 +24,21 @@ def seed_everything(*parts):
 
 
 class SampleIndex(int):
-    """Index of a sample that knows its epoch, which workers are not told otherwise."""
+    """Index of a sample that knows its epoch, which workers are not told otherwise.
 
-    def __new__(cls, index, epoch):
+    Args:
+        index (int): The index.
+        epoch (int): The epoch.
+        draw (int): Which of several draws of the sample in one epoch.
+    """
+
+    def __new__(cls, index, epoch, draw=0):
         self = super().__new__(cls, index)
-        self.epoch = epoch
+        self.epoch, self.draw = epoch, draw
         return self
 
     def __reduce__(self):
-        return SampleIndex, (int(self), self.epoch)
+        return SampleIndex, (int(self), self.epoch, self.draw)
 
 
 class RepeatableDataset(Dataset):
@@ -43,20 +50,20 @@ class RepeatableDataset(Dataset):
 
     Args:
         dataset (Dataset): The data set; what is asked of this one beside samples is
-            asked of it.
+            asked of it, and what is set, as by hooks that change its pipeline, is set
+            there.
         seed (int): Of the training.
     """
 
     def __init__(self, dataset, seed):
-        self.dataset = dataset
-        self.seed = seed
+        vars(self).update(dataset=dataset, seed=seed)
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        epoch = getattr(index, 'epoch', 0)
-        seed_everything(self.seed, 'sample', epoch, int(index))
+        epoch, draw = getattr(index, 'epoch', 0), getattr(index, 'draw', 0)
+        seed_everything(self.seed, 'sample', epoch, draw, int(index))
         return self.dataset[int(index)]
 
     def __getattr__(self, name):
@@ -64,6 +71,9 @@ class RepeatableDataset(Dataset):
         if name.startswith('__') or name == 'dataset':
             raise AttributeError(name)
         return getattr(self.dataset, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.dataset, name, value)
 
 
 class RepeatableBatches:
@@ -106,17 +116,20 @@ class RepeatableBatches:
         for number, batch in enumerate(self.batches):
             if number >= skip:
                 yield [
-                    SampleIndex(index, epoch + self._round(drawn + i))
+                    SampleIndex(index, epoch + rounds, draw)
                     for i, index in enumerate(batch)
+                    for rounds, draw in [self._place(drawn + i)]
                 ]
             drawn += len(batch)
 
-    def _round(self, position):
-        """How often a sampler without end has gone through the data set."""
-        sampler = self.sampler
-        if not isinstance(sampler, InfiniteSampler):
-            return 0
-        return (position * sampler.world_size + sampler.rank) // sampler.size
+    def _place(self, position):
+        """Rounds of a sampler without end, and what tells draws of a sample apart."""
+        sampler, place = self.sampler, position * get_world_size() + get_rank()
+        if isinstance(sampler, InfiniteSampler):
+            return place // sampler.size, 0
+        # This one draws each sample once; others, as for repeated augmentation, may
+        # draw one several times, here or in another process.
+        return 0, 0 if isinstance(sampler, DefaultSampler) else place
 
 
 def repeatable(loader, seed, sampler_seed=None):
@@ -130,7 +143,10 @@ def repeatable(loader, seed, sampler_seed=None):
     Returns:
         DataLoader: Its ``batch_sampler`` is a :class:`RepeatableBatches`.
     """
-    batches = loader.batch_sampler
+    batches, dataset = loader.batch_sampler, loader.dataset
+    if isinstance(batches, RepeatableBatches):
+        # Of an earlier training by the same runner.
+        batches, dataset = batches.batches, dataset.dataset
     sampler = batches.sampler
     if sampler_seed is None:
         sampler_seed = getattr(sampler, 'seed', None)
@@ -149,8 +165,8 @@ def repeatable(loader, seed, sampler_seed=None):
             persistent_workers=loader.persistent_workers,
             multiprocessing_context=loader.multiprocessing_context,
         )
-    return DataLoader(
-        RepeatableDataset(loader.dataset, seed),
+    made = DataLoader(
+        RepeatableDataset(dataset, seed),
         batch_sampler=RepeatableBatches(batches),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
@@ -160,6 +176,14 @@ def repeatable(loader, seed, sampler_seed=None):
         generator=loader.generator,
         **options,
     )
+    # For hooks that ask: a loader that is given batches forgets what they are made of,
+    # and lets nobody set it.
+    vars(made).update(
+        sampler=batches.sampler,
+        batch_size=getattr(batches, 'batch_size', None),
+        drop_last=getattr(batches, 'drop_last', False),
+    )
+    return made
 
 
 class EndlessBatches:

@@ -131,6 +131,9 @@ class EquilibriumLayer(nn.Module):
             recompute=self.recompute,
         )
 
+    # Tracing the solve takes many minutes, and every number of steps anew. What stands
+    # around the layer is compiled, and so is an f that was compiled by itself.
+    @torch.compiler.disable
     def forward(self, start: Sequence[Tensor], *inputs: Tensor):
         """Find the equilibrium.
 
@@ -214,5 +217,10 @@ class EquilibriumLayer(nn.Module):
             )
             return solution.value, solution
         gradient = ImplicitGradient() if self.gradient.iterates else self.gradient
+        try:
+            gradient.check(self.eval_solver)
+        except ValueError:
+            # It shares the inverse that another solver builds.
+            gradient = ImplicitGradient()
         out, solution = gradient(equation, z, self.eval_solver, self.trace)
         return solution.value + (out - out.detach()), solution

@@ -4,11 +4,16 @@ import os
 import zipfile
 from pathlib import Path
 
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.runner import find_latest_checkpoint
 
 #: Name of :class:`AtomicLocalBackend` in ``backend_args=dict(backend=...)``.
 ATOMIC = 'mdeq_mm.atomic'
+#: File that names the last checkpoint, as ``CheckpointHook`` writes it, in place.
+POINTER = 'last_checkpoint'
+#: One that is always whole.
+WHOLE = 'last_whole_checkpoint'
 #: What the names of files end with that are being written.
 PARTIAL = '.partial'
 
@@ -119,29 +124,24 @@ def find_resumable(work_dir):
 
     Returns:
         tuple[str | None, str | None]: The checkpoint that ``last_checkpoint`` names;
-        where that is not whole, as when its writer was killed, the newest one that
-        is, and a sentence that says so. None where there is no checkpoint.
+        where that is not whole, as when its writer was killed, the last one that is,
+        and a sentence that says so. None where there is no checkpoint.
 
     Raises:
         FileNotFoundError: If ``last_checkpoint`` names a file that is not whole, and
             no other one is.
     """
     folder = Path(work_dir)
-    pointer = folder / 'last_checkpoint'
+    pointer = folder / POINTER
     said = f'{pointer} is missing'
     if pointer.is_file():
         named = find_latest_checkpoint(str(folder)) or ''
-        # A folder that was moved, or a file system that is not looked into.
-        for path in (named, folder / Path(named).name):
-            if '://' in str(path) or is_whole(path):
-                return str(path), None
+        if '://' in named or is_whole(named):
+            return named, None
         said = f'{pointer} names {named!r}, which is no whole file'
-    # Those of the best results hold no state of the optimiser.
-    names = [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
-    whole = [path for path in names if is_whole(path)]
-    if whole:
-        newest = max(whole, key=lambda path: path.stat().st_mtime_ns)
-        return str(newest), f'{said}; {newest} is the newest checkpoint that is whole'
+    for path in _candidates(folder):
+        if is_whole(path):
+            return str(path), f'{said}; {path} is the last checkpoint that is whole'
     if pointer.is_file():
         raise FileNotFoundError(
             f'{said}, and no other checkpoint is there: name one (load_from, or '
@@ -150,11 +150,54 @@ def find_resumable(work_dir):
     return None, None
 
 
-def point_to(work_dir, path):
-    """Let ``last_checkpoint`` name a checkpoint.
+def _candidates(folder):
+    """Where a checkpoint may be that is whole, best first."""
+    for name in (POINTER, WHOLE):
+        if (folder / name).is_file():
+            named = Path((folder / name).read_text().strip())
+            # In its own place, or in a folder that was moved.
+            yield from (named, folder / named.name)
+    # Those of the best results hold no state of the optimiser.
+    names = [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
+    yield from sorted(names, key=lambda path: -path.stat().st_mtime_ns)
+
+
+def mend_pointer(work_dir):
+    """Let ``last_checkpoint`` name a checkpoint that can be resumed from.
+
+    For all processes at once.
+
+    Args:
+        work_dir (str | Path): Of the training.
+
+    Returns:
+        tuple[str | None, str | None]: As of :func:`find_resumable`.
+
+    Raises:
+        FileNotFoundError: As there, in all processes.
+    """
+    found = [None, None, None]
+    if is_main_process():
+        try:
+            path, said = find_resumable(work_dir)
+            if said is not None:
+                point_to(work_dir, path)
+            found = [path, said, None]
+        except FileNotFoundError as error:
+            found[2] = str(error)
+    broadcast_object_list(found)
+    path, said, error = found
+    if error is not None:
+        raise FileNotFoundError(error)
+    return path, said
+
+
+def point_to(work_dir, path, name=POINTER):
+    """Let a file of a work folder name a checkpoint.
 
     Args:
         work_dir (str | Path): Of the training.
         path (str | Path): The checkpoint.
+        name (str): :data:`POINTER` or :data:`WHOLE`.
     """
-    AtomicLocalBackend().put_text(str(path), Path(work_dir) / 'last_checkpoint')
+    AtomicLocalBackend().put_text(str(path), Path(work_dir) / name)

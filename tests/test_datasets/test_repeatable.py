@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from mdeq_mm.datasets.repeatable import (
     EndlessBatches,
@@ -114,14 +114,58 @@ def test_a_custom_batch_sampler_keeps_its_batches():
     assert len(made) == 3
 
 
+def test_a_sample_that_is_drawn_again_is_augmented_anew():
+    """As repeated augmentation wants it; and the same after a resume."""
+
+    class Repeated(Sampler):
+        def __init__(self, dataset, seed):
+            self.seed = seed
+
+        def __iter__(self):
+            return iter([3, 3, 3, 5, 5, 5])
+
+        def __len__(self):
+            return 6
+
+    def draw(skip=0):
+        made = repeatable(loader(Repeated), seed=5)
+        made.batch_sampler.skip = skip
+        return [sample for batch in made for sample in batch]
+
+    whole = draw()
+    assert [s[0] for s in whole] == [3, 3, 3, 5, 5, 5]
+    assert len({s[1] for s in whole}) == 6
+    assert draw(skip=2) == whole[4:]
+
+
 def test_the_loader_keeps_its_settings():
     old = loader(DefaultSampler, workers=1, drop_last=True)
     made = repeatable(old, seed=5)
-    for name in ('num_workers', 'collate_fn', 'persistent_workers', 'prefetch_factor'):
-        assert getattr(made, name) == getattr(old, name)
+    names = 'num_workers collate_fn persistent_workers prefetch_factor batch_size'
+    for name in [*names.split(), 'drop_last', 'sampler']:
+        assert getattr(made, name) == getattr(old, name), name
     assert len(made) == len(old) == 3
     assert made.batch_sampler.batch_size == 2 and made.batch_sampler.drop_last
     assert made.dataset.metainfo == Drawn.metainfo and len(made.dataset) == 7
+
+
+def test_what_is_set_is_set_in_the_data_set_itself():
+    """As hooks do that change a pipeline half way."""
+    dataset = Drawn()
+    wrapped = RepeatableDataset(dataset, 5)
+    wrapped.pipeline = 'new'
+    assert dataset.pipeline == wrapped.pipeline == 'new'
+    assert vars(wrapped) == dict(dataset=dataset, seed=5)
+
+
+def test_a_second_training_by_the_same_runner():
+    """Nothing is wrapped twice: the epochs keep their own augmentation."""
+    once = repeatable(loader(DefaultSampler), seed=5)
+    twice = repeatable(once, seed=5)
+    twice.batch_sampler.epoch = once.batch_sampler.epoch = 1
+    assert list(twice) == list(once)
+    assert isinstance(twice.dataset.dataset, Drawn)
+    assert isinstance(twice.batch_sampler.batches, BatchSampler)
 
 
 def test_seed_of_a_sampler_can_be_restored():

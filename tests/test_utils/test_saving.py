@@ -5,13 +5,16 @@ import os
 import pytest
 import torch
 from mmengine.fileio import LocalBackend, get_file_backend
+from mmengine.runner import find_latest_checkpoint
 
 from mdeq_mm.utils.saving import (
     ATOMIC,
+    WHOLE,
     AtomicLocalBackend,
     KeepUntilWritten,
     find_resumable,
     is_whole,
+    mend_pointer,
     point_to,
     remove_partial,
 )
@@ -102,7 +105,23 @@ def test_takes_the_newest_whole_one(pointer, tmp_path):
 def test_a_folder_may_be_moved(tmp_path):
     path = save(tmp_path / 'epoch_1.pth')
     point_to(tmp_path, '/somewhere/else/epoch_1.pth')
-    assert find_resumable(tmp_path) == (str(path), None)
+    found, said = find_resumable(tmp_path)
+    assert found == str(path) and '/somewhere/else' in said
+    # The loop reads the pointer itself.
+    assert mend_pointer(tmp_path) == (found, said)
+    assert find_latest_checkpoint(tmp_path) == str(path)
+    assert mend_pointer(tmp_path) == (str(path), None)
+
+
+def test_a_second_pointer_is_always_whole(tmp_path):
+    """Wherever checkpoints are, and whatever they are called."""
+    path = save(tmp_path / 'latest.ckpt')
+    folder = tmp_path / 'work'
+    point_to(folder, '')
+    point_to(folder, path, WHOLE)
+    found, said = mend_pointer(folder)
+    assert found == str(path) == find_latest_checkpoint(folder)
+    assert 'last_checkpoint' in said
 
 
 def test_remote_files_are_left_alone(tmp_path):

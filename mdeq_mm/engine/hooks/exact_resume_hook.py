@@ -7,13 +7,19 @@ from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
-from ...datasets.repeatable import EndlessBatches, repeatable, seed_everything
+from ...datasets.repeatable import (
+    EndlessBatches,
+    RepeatableBatches,
+    repeatable,
+    seed_everything,
+)
 from ...implicit.layer import equilibrium_layers
 from ...registry import HOOKS
 from ...utils.saving import (
     ATOMIC,
+    WHOLE,
     KeepUntilWritten,
-    find_resumable,
+    mend_pointer,
     point_to,
     remove_partial,
 )
@@ -59,19 +65,16 @@ class ExactResumeHook(Hook):
     def __init__(self):
         self._restored = None
         self._training = False
+        # Epoch, and iteration at its begin.
+        self._begin = None, 0
 
     def before_run(self, runner):
         """Make sure that a resume finds a whole checkpoint."""
         if not runner.cfg.get('resume') or runner.cfg.get('load_from'):
             return
-        said = [None]
-        if is_main_process():
-            path, said[0] = find_resumable(runner.work_dir)
-            if said[0] is not None:
-                point_to(runner.work_dir, path)
-        broadcast_object_list(said)
-        if said[0] is not None:
-            runner.logger.warning(f'{said[0]}: resuming from there.')
+        _, said = mend_pointer(runner.work_dir)
+        if said is not None:
+            runner.logger.warning(f'{said}: resuming from there.')
 
     def after_load_checkpoint(self, runner, checkpoint):
         self._restored = checkpoint.get(_STATE)
@@ -79,12 +82,14 @@ class ExactResumeHook(Hook):
     def before_save_checkpoint(self, runner, checkpoint):
         if not self._training:
             return
-        done = checkpoint['meta']['iter']
+        meta, done = checkpoint['meta'], checkpoint['meta']['iter']
         wrappers = policy_wrappers(runner.optim_wrapper)
         checkpoint[_STATE] = dict(
             seed=self._seed,
             sampler_seed=self._sampler_seed,
             iteration=done,
+            batches=len(runner.train_dataloader),
+            within=done - self._begin[1] if meta['epoch'] == self._begin[0] else 0,
             failures=[wrapper.counts() for wrapper in wrappers],
         )
         # Those of the best results are not to be resumed from.
@@ -151,7 +156,21 @@ class ExactResumeHook(Hook):
                 loader, loop.iter, advances_by_loading(loop.dataloader_iterator)
             )
         else:
-            batches.skip = loop.iter - loop.epoch * len(loader)
+            batches.skip = self._seen_within(runner, len(loader))
+            self._begin = loop.epoch, loop.iter - batches.skip
+
+    def _seen_within(self, runner, length):
+        """Batches of the epoch that the training had seen when it was saved."""
+        if not self._resumed:
+            return 0
+        within, before = self._restored['within'], self._restored['batches']
+        if within and before != length:
+            runner.logger.warning(
+                f'An epoch has {length} batches now and had {before} when the '
+                f'checkpoint was written, within one: the epoch begins anew.'
+            )
+            return 0
+        return within
 
     def _keep_files_whole(self, runner):
         self._backends = []
@@ -171,9 +190,7 @@ class ExactResumeHook(Hook):
         done = loop.epoch if isinstance(loop, EpochBasedTrainLoop) else loop.iter
         if runner.val_loop is None:
             return False
-        if isinstance(loop, EpochBasedTrainLoop) and loop.iter > done * len(
-            loop.dataloader
-        ):
+        if self._restored['within']:
             # In the middle of the next epoch.
             return False
         if runner.message_hub.runtime_info.get(_STATE) == loop.iter:
@@ -189,7 +206,16 @@ class ExactResumeHook(Hook):
     def before_train_epoch(self, runner):
         loop = runner.train_loop
         if isinstance(loop, EpochBasedTrainLoop):
-            loop.dataloader.batch_sampler.epoch = loop.epoch
+            if not isinstance(loop.dataloader.batch_sampler, RepeatableBatches):
+                # Another hook has put a loader of its own there.
+                loader = repeatable(loop.dataloader, self._seed, self._sampler_seed)
+                loader.batch_sampler.skip = loop.iter - self._begin[1]
+                if self._begin[0] != loop.epoch:
+                    loader.batch_sampler.skip = 0
+                loop.dataloader = loader
+            batches = loop.dataloader.batch_sampler
+            batches.epoch = loop.epoch
+            self._begin = loop.epoch, loop.iter - batches.skip
         # What samplers and workers draw when they begin.
         seed_everything(self._seed, 'epoch', runner.epoch, get_rank())
 
@@ -221,14 +247,17 @@ class ExactResumeHook(Hook):
 
     def _tidy_up(self, runner):
         """After a checkpoint: remove what it replaces, and drop warm starts."""
-        written = {runner.message_hub.runtime_info.get('last_ckpt')}
+        last = runner.message_hub.runtime_info.get('last_ckpt')
+        if last is not self._saved and is_main_process():
+            point_to(runner.work_dir, last, WHOLE)
+        written = {last}
         for key, value in runner.message_hub.runtime_info.items():
             if key.startswith('best_ckpt'):
                 written.add(value)
         for backend in self._backends:
             backend.flush(keep=written)
-        last = runner.message_hub.runtime_info.get('last_ckpt')
-        if last != self._saved:
+        # Each save makes a text of its own, also where it is the same.
+        if last is not self._saved:
             self._saved = last
             for layer in equilibrium_layers(runner.model):
                 layer.forget()

@@ -22,12 +22,20 @@ class EquilibriumMetric(BaseMetric):
         prefix (str, optional): In place of ``'equilibrium'``.
 
     Raises:
-        ValueError: If predictions do not tell of their equilibrium.
+        TypeError: If ``prefix`` is no text.
+        ValueError: If ``collect_device`` is unknown, or predictions do not tell of
+            their equilibrium.
     """
 
     default_prefix = 'equilibrium'
 
     def __init__(self, collect_device='cpu', prefix=None):
+        if collect_device not in ('cpu', 'gpu'):
+            raise ValueError(
+                f"collect_device={collect_device!r} is unknown: use 'cpu' or 'gpu'"
+            )
+        if prefix is not None and not isinstance(prefix, str):
+            raise TypeError(f'prefix must be a text or None, got {prefix!r}')
         super().__init__(collect_device, prefix)
 
     def process(self, data_batch, data_samples):

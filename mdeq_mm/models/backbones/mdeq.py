@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from mmcv.cnn import ConvModule, build_norm_layer
+from mmcv.cnn import ConvModule
 from mmengine.model import BaseModule
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,6 +16,7 @@ from ...implicit.checks import check_flag, check_int, is_number
 from ...implicit.state import has_channels_last
 from ...registry import MODELS
 from ...utils.checkpoint import check_no_more, check_state_dict, init_pretrained
+from ..checks import check_init, check_norm
 from ..layers import MultiscaleFunction, channel_mask
 from .arch import build_arch
 
@@ -114,7 +115,8 @@ class MDEQ(BaseModule):
         self.warm_start = warm_start
 
         width = self.arch.channels[0]
-        _check_norm(norm_cfg, width)
+        if norm_cfg is not None:
+            check_norm(norm_cfg, width)
         self.stem = nn.Sequential()
         for i in range(max(2, self.arch.downsample_times)):
             self.stem.append(
@@ -318,12 +320,7 @@ def _init_cfg(pretrained, init_cfg):
         )
         return dict(type='Pretrained', checkpoint=pretrained)
     if init_cfg is not None:
-        for cfg in init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]:
-            if not hasattr(cfg, 'items') or 'type' not in cfg:
-                raise TypeError(
-                    'init_cfg must be a dict with a type, or a list of such dicts, '
-                    f'got {init_cfg!r}'
-                )
+        check_init(init_cfg)
         return init_cfg
     # Weight-normalised convolutions keep PyTorch's own initialisation, as in the
     # official model: writing to the normalised weight leaves what it is made of.
@@ -331,23 +328,6 @@ def _init_cfg(pretrained, init_cfg):
         dict(type='Normal', layer='Conv2d', std=0.01),
         dict(type='Constant', layer=['_BatchNorm', 'GroupNorm'], val=1, bias=0),
     ]
-
-
-def _check_norm(norm_cfg, channels):
-    if norm_cfg is None:
-        return
-    if not hasattr(norm_cfg, 'items') or 'type' not in norm_cfg:
-        raise TypeError(
-            "norm_cfg must be a dict with a type, such as dict(type='BN'), got "
-            f'{norm_cfg!r}'
-        )
-    try:
-        build_norm_layer(norm_cfg, channels)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f'norm_cfg={norm_cfg!r} makes no norm of {channels} channels: '
-            f'{" ".join(str(error).split()) or "an argument is missing"}'
-        ) from error
 
 
 def _out_indices(out_indices, branches):

@@ -9,9 +9,11 @@ from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.model import BaseModule
 from torch import nn
 
+from ...implicit.checks import check_flag
 from ...registry import MODELS
 from ...utils.checkpoint import check_no_more, check_state_dict, init_pretrained
 from ...utils.recompute import recompute
+from ..checks import check_init, check_norm
 
 
 class _Bottleneck(nn.Module):
@@ -109,6 +111,7 @@ class MDEQFuseScales(BaseModule):
             dict(type='Constant', layer='_BatchNorm', val=1, bias=0),
         ],
     ):
+        check_init(init_cfg)
         super().__init__(init_cfg)
         fields = dict(in_channels=in_channels, head_channels=head_channels)
         for name, value in fields.items():
@@ -127,10 +130,14 @@ class MDEQFuseScales(BaseModule):
         fields |= dict(out_channels=[out_channels], expansion=[expansion])
         for name, values in fields.items():
             for value in values:
-                if not isinstance(value, numbers.Integral) or value < 1:
+                integer = isinstance(value, numbers.Integral) and value is not True
+                if not integer or value < 1:
                     raise ValueError(
                         f'{name} holds {value!r}: use integers of 1 or more'
                     )
+        check_flag('with_cp', with_cp)
+        for channels in (*head_channels, out_channels):
+            check_norm(norm_cfg, channels)
         self.with_cp = with_cp
         widths = [h * expansion for h in head_channels]
         self.bottlenecks = nn.ModuleList(

@@ -67,7 +67,10 @@ def _heads(model, fields):
 
 
 def check_outputs(model, dataset, name):
-    """Refuse heads with fewer outputs than a data set of their task has classes.
+    """Refuse heads of segmentation with fewer outputs than a data set has classes.
+
+    The labels of whole images are looked at one by one, because a data set may have
+    names for more classes than samples, as a part of ImageNet does.
 
     Args:
         model (nn.Module): The model, wrapped or not.
@@ -79,17 +82,13 @@ def check_outputs(model, dataset, name):
     """
     for path, part in leaves(dataset, name):
         classes = getattr(part, 'metainfo', {}).get('classes')
-        if not classes:
+        if not classes or not hasattr(part, 'seg_map_suffix'):
             continue
-        segments = hasattr(part, 'seg_map_suffix')
-        for field, head in _heads(
-            model, _SEGMENTATION if segments else _CLASSIFICATION
-        ):
+        for field, head in _heads(model, _SEGMENTATION):
             outputs = getattr(head, 'num_classes', None)
             if outputs and len(classes) > outputs:
                 raise ValueError(
                     f'{path} has {len(classes)} classes and {field}.num_classes='
-                    f'{outputs}: set num_classes of '
-                    + ('the decode and auxiliary heads' if segments else 'the head')
-                    + f' to {len(classes)}'
+                    f'{outputs}: set num_classes of the decode and auxiliary heads to '
+                    f'{len(classes)}'
                 )

@@ -2,7 +2,7 @@
 
 import os
 import struct
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import mmcv
 import numpy as np
@@ -86,10 +86,19 @@ def size_of(path, backend, loader=None):
         Image.open(local) as image,
     ):
         width, height = image.size
-        if image.format == 'JPEG' and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE:
-            # OpenCV turns it.
+        turned = image.format == 'JPEG' and _turns(loader)
+        if turned and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE:
             width, height = height, width
     return width, height
+
+
+def _turns(loader):
+    """Whether a transform turns photographs the way up that EXIF says."""
+    backend = getattr(loader, 'imdecode_backend', None) or 'cv2'
+    kept = ('unchanged', 'color_ignore_orientation', 'grayscale_ignore_orientation')
+    return backend in ('cv2', 'pillow') and (
+        getattr(loader, 'color_type', 'color') not in kept
+    )
 
 
 def is_dark_of_sixteen_bits(path):
@@ -153,14 +162,15 @@ def _jpeg_size(head):
 
 
 def _decode(path, loader):
-    # OpenCV 4 makes grey of what lacks at the end of a JPEG file, and says nothing.
-    with Image.open(path) as image:
+    # OpenCV 4 makes grey of what lacks at the end of a JPEG file, and says nothing;
+    # formats that PIL does not know are left to the loader.
+    with suppress(UnidentifiedImageError), Image.open(path) as image:
         image.load()
     backend = getattr(loader, 'imdecode_backend', None)
     flag = getattr(loader, 'color_type', 'color')
     with open(path, 'rb') as file:
         if mmcv.imfrombytes(file.read(), flag=flag, backend=backend) is None:
-            raise ValueError('it is damaged or of a kind that OpenCV does not read')
+            raise UnidentifiedImageError
 
 
 def _most_pixels():

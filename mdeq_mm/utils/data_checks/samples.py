@@ -1,6 +1,7 @@
 """Whether a sample of a data set can be trained on."""
 
 import operator
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -96,8 +97,9 @@ class SampleCheck:
         if self.maps and info.get('seg_map_path'):
             result.label_maps += 1
             check_label_map(info, self.labels, self.backend, self.loader)
-        elif path and self.local and (self.images or whole):
-            if '://' in str(path):
+        elif self.local and (self.images or whole):
+            # Several images a sample, or files that are elsewhere.
+            if not isinstance(path, str | os.PathLike) or '://' in str(path):
                 return
             result.images += 1
             whole = whole or self.images == 'whole'

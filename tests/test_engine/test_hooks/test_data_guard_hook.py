@@ -20,7 +20,13 @@ from mmseg.datasets import BaseSegDataset
 
 from mdeq_mm.engine import DataGuardHook
 from mdeq_mm.engine.hooks import data_guard_hook
-from mdeq_mm.utils.data_checks import Findings, check_outputs, examine
+from mdeq_mm.utils.data_checks import (
+    Findings,
+    SampleCheck,
+    check_outputs,
+    examine,
+    expected_labels,
+)
 from tests.helpers import logged
 
 FILES = 5
@@ -205,14 +211,15 @@ def test_processes_share_the_work_and_the_error(folder, monkeypatch, rank):
 
 
 def test_a_classification_head_with_too_few_outputs():
-    """Of joint training: the labels would only be missed when they are drawn."""
-    dataset = SimpleNamespace(metainfo=dict(classes=tuple('abcd')))
+    """Labels count, not names: a part of ImageNet has the names of all of it."""
+    dataset = SimpleNamespace(metainfo=dict(classes=tuple('abcd')), pipeline=())
     model = nn.Module()
     model.head = head(3)
-    with pytest.raises(ValueError, match=r'4 classes and model\.head\.num_classes=3'):
-        check_outputs(model, dataset, 'train_dataloader.dataset')
-    model.head.num_classes = 4
     check_outputs(model, dataset, 'train_dataloader.dataset')
+    check = SampleCheck(dataset, 'train_dataloader.dataset', **expected_labels(model))
+    assert check.problem(0, dict(gt_label=2)) is None
+    found = check.problem(1, dict(gt_label=3))
+    assert 'gt_label=3, but labels are 0 to 2' in found.said
 
 
 # Left out.

@@ -138,6 +138,57 @@ def test_killed_while_a_checkpoint_is_written(
 
 
 @pytest.mark.slow
+def test_killed_with_one_file_that_is_written_again_and_again(
+    data_root, tmp_path, unbroken
+):
+    """In a folder of its own, under a name without a number."""
+    expected, _ = unbroken('epochs')
+    work_dir, out_dir = tmp_path / 'run', tmp_path / 'files'
+    options = {
+        'default_hooks.checkpoint.out_dir': str(out_dir),
+        'default_hooks.checkpoint.filename_tmpl': 'latest.pth',
+    }
+    for kill_at in (('pointer emptied', 2), ('half written', 1), ('half written', 3)):
+        resume = work_dir.exists()
+        process = training.start(data_root, work_dir, resume, kill_at, **options)
+        process.join()
+        assert process.exitcode == -9
+    end(training.start(data_root, work_dir, resume=True, **options), work_dir)
+    assert (
+        differences(training.contents(out_dir / 'run' / 'latest.pth'), expected) == []
+    )
+
+
+@pytest.mark.slow
+def test_another_batch_size_loses_no_data(runner):
+    """A training that is resumed with other epochs begins them at their begin."""
+    first = runner(**{'train_cfg.max_epochs': 2})
+    first.train()
+    resumed = {'load_from': f'{first.work_dir}/epoch_2.pth', 'resume': True}
+    second = runner(
+        **{'train_cfg.max_epochs': 3, 'train_dataloader.batch_size': 11}, **resumed
+    )
+    second.train()
+    # Twelve iterations of up to 4 images, and two of 11.
+    assert second.iter == 14
+
+    within = {
+        'train_cfg.max_epochs': 1,
+        'default_hooks.checkpoint.by_epoch': False,
+        'default_hooks.checkpoint.interval': 4,
+        'default_hooks.checkpoint.max_keep_ckpts': -1,
+    }
+    first = runner(**within)
+    first.train()
+    resumed = {'load_from': f'{first.work_dir}/iter_4.pth', 'resume': True}
+    second = runner(**within, **resumed, **{'train_dataloader.batch_size': 11})
+    with logged() as texts:
+        second.train()
+    assert second.iter == 6
+    assert any('2 batches now and had 6' in text for text in texts)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['workers', 'within epochs', 'iterations, workers'])
 def test_workers_and_place_of_checkpoints_do_not_matter(name, unbroken):
     """Neither who loads the data nor how often it is saved changes a result."""
