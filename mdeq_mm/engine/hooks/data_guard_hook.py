@@ -19,6 +19,7 @@ from ...utils.data_checks import (
     Findings,
     SampleCheck,
     check_outputs,
+    check_processes_agree,
     check_windows,
     examine,
     expected_labels,
@@ -97,6 +98,7 @@ class DataGuardHook(Hook):
         loaders = {_TRAINING: runner.train_dataloader}
         if runner.val_loop is not None:
             loaders['val_dataloader'] = runner.val_dataloader
+        check_processes_agree(getattr(runner, 'train_loop', None), _TRAINING)
         found = self._check(runner, loaders)
         self._lost = {}
         self._samples = sum(

@@ -4,6 +4,7 @@ from .datasets import check_dataset, examine, leaves
 from .findings import Findings, Problem
 from .heads import check_outputs, check_windows, expected_labels
 from .images import check_image
+from .processes import check_processes_agree
 from .replacement import guard_samples, replace_samples, replaced_in
 from .samples import SampleCheck
 
@@ -14,6 +15,7 @@ __all__ = [
     'check_dataset',
     'check_image',
     'check_outputs',
+    'check_processes_agree',
     'check_windows',
     'examine',
     'expected_labels',
