@@ -131,7 +131,7 @@ DAMAGES = {
     ),
     'empty image': (
         lambda image, labels: image.write_bytes(b''),
-        ('{image} cannot be read as an image (it is of no known format)',),
+        ('{image} cannot be read as an image (it is empty)',),
     ),
 }
 
@@ -462,7 +462,7 @@ def test_a_truncated_checkpoint(said, tmp_path):
     path = checkpoint(tmp_path / 'classifier.pth')
     truncate(path)
     sentence = said(*start_from(path))
-    assert str(path) in sentence and 'it is damaged' in sentence
+    assert str(path) in sentence and 'the file is damaged' in sentence
 
 
 def test_a_checkpoint_that_fits_is_loaded(call, data, plain, tmp_path):  # noqa: F811
