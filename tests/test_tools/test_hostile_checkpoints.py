@@ -16,7 +16,6 @@ from importlib import import_module
 from pathlib import Path
 
 import cv2
-import mmengine.runner.checkpoint
 import numpy as np
 import pytest
 import torch
@@ -27,6 +26,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from mdeq_mm.registry import MODELS
 from mdeq_mm.utils.checkpoint import allow_runner_checkpoints, read_checkpoint
 from tests.image_folders import CIFAR10, write_class_folder
+from tests.safe_loading import process  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / 'configs/cifar10/mdeq-tiny_2xb64-50e_cifar10.py'
@@ -155,28 +155,6 @@ WRITERS = dict(
 def mark(tmp_path):
     """The file that a command writes."""
     return tmp_path / 'ran'
-
-
-@pytest.fixture(autouse=True)
-def process():
-    """Take back what the tools change for the whole process."""
-    home = mmengine.runner.checkpoint
-    variables = {k: v for k, v in os.environ.items() if k.startswith('TORCH_FORCE')}
-    allowed = torch.serialization.get_safe_globals()
-    listed = getattr(home, 'get_torch_safe_globals', None)
-    yield
-    for key in [k for k in os.environ if k.startswith('TORCH_FORCE')]:
-        del os.environ[key]
-    os.environ.update(variables)
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(allowed)
-    if listed is not None:
-        home.get_torch_safe_globals = listed
-    for prefixes, loader in (
-        ('', home.load_from_local),
-        (['http://', 'https://'], home.load_from_http),
-    ):
-        CheckpointLoader.register_scheme(prefixes, loader, force=True)
 
 
 def refused(load, path):

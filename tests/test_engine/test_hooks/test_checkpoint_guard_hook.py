@@ -1,47 +1,23 @@
-import os
 import subprocess
 import sys
 import textwrap
 from functools import partial
 from pathlib import Path
 
-import mmengine.runner.checkpoint
 import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
-from mmengine.runner.checkpoint import CheckpointLoader
 
 from mdeq_mm.engine.hooks.checkpoint_guard_hook import guard_checkpoints
 from mdeq_mm.registry import HOOKS
 from mdeq_mm.utils.checkpoint import read_checkpoint
 from tests.helpers import ROOT, logged
+from tests.safe_loading import process  # noqa: F401
 
 from .conftest import Classifier, Images, watched
 
 GUARD = dict(type='CheckpointGuardHook')
-
-
-@pytest.fixture(autouse=True)
-def process():
-    """Take back what the hook changes for the whole process."""
-    home = mmengine.runner.checkpoint
-    variables = {k: v for k, v in os.environ.items() if k.startswith('TORCH_FORCE')}
-    allowed = torch.serialization.get_safe_globals()
-    listed = getattr(home, 'get_torch_safe_globals', None)
-    yield
-    for key in [k for k in os.environ if k.startswith('TORCH_FORCE')]:
-        del os.environ[key]
-    os.environ.update(variables)
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(allowed)
-    if listed is not None:
-        home.get_torch_safe_globals = listed
-    for prefixes, loader in (
-        ('', home.load_from_local),
-        (['http://', 'https://'], home.load_from_http),
-    ):
-        CheckpointLoader.register_scheme(prefixes, loader, force=True)
 
 
 @pytest.fixture
