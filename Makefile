@@ -14,7 +14,8 @@ ARGS ?=
 RUN := $(ENV)/bin/python
 # The tests of a file stay together, because they share what is slow to make. A
 # process takes a core and about 2 GB.
-TESTS := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+TESTS := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+    --no-loadscope-reorder
 STAMP := $(ENV)/.setup-done
 OPTIONS := $(if $(filter openmmlab,$(STACK)), STACK=openmmlab)
 

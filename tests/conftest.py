@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 
 from mdeq_mm.compat import installed_versions
+from tests.safe_loading import taken_back
 
 # No window opens where a test draws.
 os.environ.setdefault('MPLBACKEND', 'Agg')
@@ -15,6 +16,15 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 # How long an example takes depends on the machine; which ones are tried must not.
 settings.register_profile('repeatable', deadline=None, derandomize=True)
 settings.load_profile('repeatable')
+
+
+# Files that take minutes, and start first, so that no process is left alone with one.
+LONGEST = ('test_digits_demo', 'test_benchmark', 'test_every_config')
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest files first."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_report_header():
@@ -27,6 +37,20 @@ def pytest_report_header():
 def seeded():
     """Start every test from the same random numbers, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def loading_of_module():
+    """Leave a file as it was found, whatever its shared fixtures load."""
+    with taken_back():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def loading_of_test():
+    """Leave a test as it was found: trainings change how checkpoints are read."""
+    with taken_back():
+        yield
 
 
 @pytest.fixture(scope='session')

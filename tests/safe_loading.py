@@ -1,15 +1,15 @@
 """What reading checkpoints safely changes for a process, and how it is taken back."""
 
 import os
+from contextlib import contextmanager
 
 import mmengine
-import pytest
 import torch
 from mmengine.runner.checkpoint import CheckpointLoader
 
 
-@pytest.fixture(autouse=True)
-def process():
+@contextmanager
+def taken_back():
     """Take back what hook and tools change for the whole process."""
     home = mmengine.runner.checkpoint
     variables = {k: v for k, v in os.environ.items() if k.startswith('TORCH_FORCE')}

@@ -190,7 +190,9 @@ def test_the_short_config_trains_evaluates_and_draws(call, tmp_path, capfd):
         'param_scheduler.1.T_max=1', 'param_scheduler.1.end=2',
         'default_hooks.checkpoint.interval=2', 'default_hooks.warmup.end=1',
         'default_hooks.monitor.interval=1', 'default_hooks.logger.interval=1',
-        'model.backbone.arch.channels=(8,8,8,8)', 'model.decode_head.channels=32',
+        # Groups of two channels, because the last branch is left with one pixel.
+        'model.backbone.arch.channels=(8,8,8,8)', 'model.backbone.arch.num_groups=4',
+        'model.decode_head.channels=32',
         'model.decode_head.in_channels=(8,8,8,8)',
         'model.data_preprocessor.size=(32,32)',
         'train_dataloader.dataset.pipeline.2.scale=(48,36)',

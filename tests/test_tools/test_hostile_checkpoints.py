@@ -26,7 +26,6 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from mdeq_mm.registry import MODELS
 from mdeq_mm.utils.checkpoint import allow_runner_checkpoints, read_checkpoint
 from tests.image_folders import CIFAR10, write_class_folder
-from tests.safe_loading import process  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / 'configs/cifar10/mdeq-tiny_2xb64-50e_cifar10.py'

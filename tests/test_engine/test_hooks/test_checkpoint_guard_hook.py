@@ -13,7 +13,6 @@ from mdeq_mm.engine.hooks.checkpoint_guard_hook import guard_checkpoints
 from mdeq_mm.registry import HOOKS
 from mdeq_mm.utils.checkpoint import read_checkpoint
 from tests.helpers import ROOT, logged
-from tests.safe_loading import process  # noqa: F401
 
 from .conftest import Classifier, Images, watched
 
