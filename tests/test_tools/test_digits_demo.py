@@ -60,6 +60,7 @@ def test_the_split_is_the_same_everywhere(digits_folder):
 FIRST_TEST_ZEROS = [10, 78, 101, 166, 202]
 
 
+@pytest.mark.timeout(900)
 def test_demo_trains_and_reports_everything(digits_folder, tmp_path):
     scenes = tmp_path / 'data' / 'digit_scenes'
     command = [

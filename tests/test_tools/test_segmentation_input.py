@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from yapf.yapflib import yapf_api
 
 pytest.importorskip('mmseg', reason='mmseg is not installed')
@@ -342,11 +343,10 @@ WRAPPERS = {
 
 def wrap(data, wrapper, bad):
     """Replace the training set by a wrapper of it and of a bad copy."""
-    base = next(data.glob('*.py'))
+    good = Config.fromfile(next(data.glob('*.py'))).train_dataloader.dataset.to_dict()
     with open(data.parent / 'config.py', 'a') as file:
         file.write(
-            'from mmengine import Config as _C\n'
-            f'good = _C.fromfile({str(base)!r}).train_dataloader.dataset.to_dict()\n'
+            f'good = {good}\n'
             f'bad = dict(good, {bad})\n'
             f'train_dataloader = dict(dataset={wrapper})\n'
         )
