@@ -4,20 +4,15 @@
 # takes four values on the command line:
 #   --cfg-options train_cfg.max_iters=800 train_cfg.val_interval=800
 #   param_scheduler.T_max=800 default_hooks.warmup.end=400
-_base_ = './mdeq-tiny_2xb64-50e_cifar10.py'
+_base_ = ['../_base_/models/mdeq_tiny_cifar.py', '../_base_/cifar10_short.py']
 
-train_cfg = dict(_delete_=True, by_epoch=False, max_iters=400, val_interval=400)
-param_scheduler = dict(
-    _delete_=True, type='CosineAnnealingLR', T_max=400, eta_min=1e-6, by_epoch=False
-)
-train_dataloader = dict(sampler=dict(type='InfiniteSampler', shuffle=True))
-
-log_processor = dict(by_epoch=False)
 default_hooks = dict(
-    logger=dict(interval=10),
-    checkpoint=dict(by_epoch=False, interval=100, max_keep_ckpts=2),
-    warmup=dict(end=200),
+    warmup=dict(type='UnrollWarmupHook', unroll_steps=10, end=200, by_epoch=False),
+    monitor=dict(type='EquilibriumMonitorHook'),
 )
 
-# base_batch_size = (1 GPU or CPU) x (64 samples)
-auto_scale_lr = dict(base_batch_size=64)
+# Drops steps that would make weights non-finite, and warns of failed solves.
+optim_wrapper = dict(type='EquilibriumOptimWrapper')
+# How the solves ended, beside the results.
+val_evaluator = [{{_base_.val_evaluator}}, dict(type='EquilibriumMetric')]
+test_evaluator = val_evaluator
