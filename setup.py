@@ -37,6 +37,8 @@ class BuildWithConfigs(build_py):
         if self.editable_mode:
             return
         target = Path(self.build_lib, 'mdeq_mm', '.mim')
+        # An earlier build may have left files there that are no more.
+        shutil.rmtree(target, ignore_errors=True)
         for name in self.SHIPPED:
             source = ROOT / name
             if source.is_dir():
@@ -76,6 +78,8 @@ setup(
         # The pip that comes with Python 3.11 cannot read '===' beside an extra.
         'onedl': [line.replace('===', '==') for line in read_requirements('onedl')],
         'demo': read_requirements('demo'),
+        'deployment': read_requirements('deployment'),
+        'docs': read_requirements('docs'),
         'tests': read_requirements('tests'),
     },
     cmdclass={'build_py': BuildWithConfigs},

@@ -11,5 +11,25 @@ from .version import __version__
 check_installation()
 
 from . import datasets, engine, implicit, models  # noqa: E402
+from .utils.solver_settings import set_solver  # noqa: E402
+from .zoo import (  # noqa: E402
+    config_path,
+    get_config,
+    get_model,
+    list_models,
+    register_models,
+)
 
-__all__ = ['__version__', 'datasets', 'engine', 'implicit', 'models']
+__all__ = [
+    '__version__',
+    'config_path',
+    'datasets',
+    'engine',
+    'get_config',
+    'get_model',
+    'implicit',
+    'list_models',
+    'models',
+    'register_models',
+    'set_solver',
+]

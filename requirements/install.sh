@@ -210,7 +210,8 @@ cd "$root"
 check_running
 create_env
 rm -f "$stamp"
-extras=(-r "$here/demo.txt" -r "$here/tests.txt" -r "$here/lint.txt")
+extras=(-r "$here/demo.txt" -r "$here/tests.txt" -r "$here/lint.txt"
+    -r "$here/docs.txt" -r "$here/deployment.txt")
 
 if [[ $stack == onedl ]]; then
     step "Installing torch and the OneDL packages$wait"

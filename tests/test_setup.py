@@ -17,7 +17,10 @@ from mdeq_mm.compat import installed_versions
 
 SET = re.compile(r'(onedl-)?(mmengine|mmcv|mmpretrain|mmsegmentation|mmcv-lite)\b')
 STACK = 'onedl' if 'onedl-mmengine' in installed_versions() else 'openmmlab'
-PINNED = ['onedl', 'openmmlab', 'build', 'demo', 'tests', 'lint', 'benchmark']
+PINNED = [
+    'onedl', 'openmmlab', 'build', 'demo', 'tests', 'lint', 'benchmark', 'docs',
+    'deployment', 'visualization',
+]  # fmt: skip
 
 
 def run(*command, cwd, env=None, **variables):
@@ -55,7 +58,8 @@ def copy(repo_root, tmp_path_factory):
     for name in ('mdeq_mm', 'configs', 'tools', 'requirements'):
         shutil.copytree(repo_root / name, target / name, ignore=ignore)
     for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'Makefile',
-                 'README.md', 'model-index.yml'):  # fmt: skip
+                 'README.md', 'CHANGELOG.md', 'CITATION.cff',
+                 'model-index.yml'):  # fmt: skip
         if (repo_root / name).exists():
             shutil.copy(repo_root / name, target / name)
     return target
@@ -102,6 +106,15 @@ class TestPackage:
         extra = [line for line in requires('mdeq_mm') if SET.match(line)]
         assert len(extra) == 4
         assert all('onedl' in line.split(';')[1] for line in extra)
+
+    def test_version_is_the_same_everywhere(self, repo_root):
+        changes = (repo_root / 'CHANGELOG.md').read_text()
+        # The topmost entry.
+        (released, date), *_ = re.findall(r'^## (\S+), (\S+)$', changes, re.MULTILINE)
+        citation = (repo_root / 'CITATION.cff').read_text()
+        assert f'\nversion: {released}\n' in citation
+        assert f'\ndate-released: {date}\n' in citation
+        assert released == mdeq_mm.__version__
 
     def test_installing_changes_nothing_else(self, copy):
         # Without --no-deps: everything that it requires is there, with the extra
@@ -153,7 +166,8 @@ class TestPackage:
         with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as sdist:
             names = {n.partition('/')[2] for n in sdist.getnames()}
         assert {'requirements/onedl.txt', 'configs/_base_/default_runtime.py',
-                'tools/train.py', 'setup.py', 'LICENSE'} <= names  # fmt: skip
+                'tools/train.py', 'setup.py', 'LICENSE', 'CHANGELOG.md',
+                'CITATION.cff', 'model-index.yml'} <= names  # fmt: skip
         assert not any('cache' in name for name in names)
 
 

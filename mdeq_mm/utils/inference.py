@@ -1,7 +1,9 @@
-"""From a config and a checkpoint to a model, and from a file to its input."""
+"""From a config and a checkpoint to a model, and from images to its input."""
 
 from copy import deepcopy
 
+import mmcv
+import numpy as np
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
 from mmengine.registry import init_default_scope
@@ -57,14 +59,55 @@ def load_image(cfg, path):
     Returns:
         dict: A batch of one, for ``model.test_step``.
     """
+    return load_images(cfg, [path])
+
+
+def load_images(cfg, images):
+    """Run images through the test pipeline, without annotations.
+
+    Args:
+        cfg (Config): Of mmpretrain or mmseg.
+        images (Sequence[str | np.ndarray]): Files, or images as OpenCV has them:
+            uint8, (H, W, 3) in the order blue, green, red, or (H, W). They get the
+            channels that ``color_type`` of the pipeline asks for.
+
+    Returns:
+        dict: A batch, for ``model.test_step``.
+    """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     dataset = cfg.test_dataloader.dataset
     while 'pipeline' not in dataset:
         dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
-    steps = [step for step in dataset.pipeline if not _is_annotations(step['type'])]
-    return pseudo_collate([Compose(deepcopy(steps))(dict(img_path=str(path)))])
+    steps = [s for s in dataset.pipeline if _name(s) != 'LoadAnnotations']
+    readers = [s for s in steps if _name(s) == 'LoadImageFromFile']
+    from_file = Compose(deepcopy(steps))
+    from_array = Compose(deepcopy([s for s in steps if s not in readers]))
+    return pseudo_collate(
+        [
+            from_array(_as_read(image, readers))
+            if isinstance(image, np.ndarray)
+            else from_file(dict(img_path=str(image)))
+            for image in images
+        ]
+    )
 
 
-def _is_annotations(kind):
-    name = kind if isinstance(kind, str) else kind.__name__
-    return name.split('.')[-1] == 'LoadAnnotations'
+def _as_read(image, readers):
+    """What the step that reads files would make of one with these pixels."""
+    kind, wide = 'unchanged', False
+    for step in readers:
+        kind = step.get('color_type', 'color')
+        wide = step.get('to_float32', False)
+    if kind.startswith('grayscale') and image.ndim == 3:
+        image = mmcv.bgr2gray(image)
+    elif kind.startswith('color') and image.ndim == 2:
+        image = mmcv.gray2bgr(image)
+    image = image.astype(np.float32) if wide else image
+    size = image.shape[:2]
+    return dict(img=image, img_path=None, img_shape=size, ori_shape=size)
+
+
+def _name(step):
+    """Name of a step of a pipeline, without its scope."""
+    kind = step['type']
+    return (kind if isinstance(kind, str) else kind.__name__).split('.')[-1]

@@ -25,7 +25,13 @@ train_pipeline = [
     dict(type='PackSegInputs'),
 ]
 # Scenes are many and all different: nothing is added to them in training.
-test_pipeline = train_pipeline
+test_pipeline = [
+    dict(type='LoadImageFromFile', color_type='grayscale'),
+    # Of images that an inferencer was given in colour; leaves grey ones as they are.
+    dict(type='RandomGrayscale', prob=1.0, channel_weights=(1, 2, 1)),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
 
 # Small files: worker processes would cost more than they save.
 train_dataloader = dict(

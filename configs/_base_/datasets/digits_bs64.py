@@ -13,6 +13,8 @@ train_pipeline = [
 
 test_pipeline = [
     dict(type='LoadImageFromFile', color_type='grayscale'),
+    # Of images that an inferencer was given in colour; leaves grey ones as they are.
+    dict(type='RandomGrayscale', prob=1.0, channel_weights=(1, 2, 1)),
     dict(type='Resize', scale=32, interpolation='bilinear'),
     dict(type='PackInputs'),
 ]

@@ -1,0 +1,153 @@
+"""What the demos of images and of videos share: arguments, model, predictions."""
+
+import argparse
+import math
+import os.path as osp
+import sys
+
+import torch
+from mmengine.config import Config, DictAction
+from torch import nn
+
+sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
+from common import check_checkpoint_path, fail, merge_options, read_config
+
+from mdeq_mm.implicit.layer import equilibrium_layers
+from mdeq_mm.models.implicit_models.equilibrium_report import annotate, recorded
+from mdeq_mm.utils.inference import load_model
+from mdeq_mm.utils.solver_settings import set_solver
+from mdeq_mm.zoo import get_config, get_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what both demos take after their inputs."""
+    parser.add_argument(
+        'config', help='config file with a test pipeline, or the name of a model'
+    )
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        help='checkpoint file (default: the weights of the named model; random ones '
+        'for a config file)',
+    )
+    parser.add_argument(
+        '--max-steps',
+        type=int,
+        help="evaluations of f at most (default: the config's evaluation solver)",
+    )
+    parser.add_argument(
+        '--tol', type=float, help='residual to stop at; 0 takes all evaluations'
+    )
+    parser.add_argument(
+        '--opacity',
+        type=float,
+        default=0.6,
+        help='of the labels of a segmentation (default: %(default)s)',
+    )
+    parser.add_argument('--device', help='such as cpu or cuda:0')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override settings of the config',
+    )
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what no model could work with."""
+    if args.max_steps is not None and args.max_steps < 1:
+        parser.error(f'--max-steps is {args.max_steps}; it has to be at least 1')
+    if args.tol is not None and not 0 <= args.tol < math.inf:
+        parser.error(f'--tol is {args.tol}; it has to be 0 or more')
+    if not 0 < args.opacity <= 1:
+        parser.error(f'--opacity is {args.opacity}; it has to be above 0, at most 1')
+    if args.device is not None:
+        try:
+            torch.empty(0, device=args.device)
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            parser.error(f'--device {args.device!r} cannot be used: {reason}')
+    if args.checkpoint is not None:
+        check_checkpoint_path(args.checkpoint)
+
+
+def is_model_name(config: str) -> bool:
+    """Whether the argument is meant as the name of a model."""
+    return not osp.exists(config) and not config.endswith('.py')
+
+
+def read_model_config(args: argparse.Namespace) -> Config:
+    """The config that the command line names, with its options.
+
+    Nothing is built; what the demos cannot use ends the program with a sentence.
+    """
+    if is_model_name(args.config):
+        cfg = _config_of_name(args)
+    else:
+        cfg = read_config(args.config, args.cfg_options)
+    if cfg.get('default_scope') not in ('mmpretrain', 'mmseg'):
+        fail(
+            f'{args.config!r} is of neither toolbox: it needs default_scope='
+            "'mmpretrain' or 'mmseg'."
+        )
+    if not cfg.get('test_dataloader'):
+        fail(f'{args.config!r} has no test_dataloader, whose pipeline the images take.')
+    if str(cfg.test_dataloader.dataset.type).endswith('MultiTaskDataset'):
+        fail(
+            f'{args.config!r} is of joint training: give the config of one of its '
+            'tasks, which the joint checkpoint fits too.'
+        )
+    return cfg
+
+
+def _config_of_name(args: argparse.Namespace) -> Config:
+    try:
+        cfg = get_config(args.config)
+    except (OSError, ValueError) as error:
+        fail(f'{error}.')
+    options = args.cfg_options or {}
+    if args.checkpoint is None and any(k.split('.')[0] == 'model' for k in options):
+        fail(
+            '--cfg-options of model do not reach the weights of a named model: give '
+            'the files of its config and checkpoint.'
+        )
+    merge_options(cfg, options)
+    return cfg
+
+
+def build_model(args: argparse.Namespace, cfg: Config) -> nn.Module:
+    """The model of the command line, in evaluation, with its solver set.
+
+    Raises:
+        ImportError | OSError | RuntimeError | ValueError: If the checkpoint cannot be
+            used, or --max-steps or --tol is given and the model has no equilibrium.
+    """
+    if args.checkpoint is None and is_model_name(args.config):
+        model = get_model(args.config, pretrained=True, device=args.device)
+    else:
+        model = load_model(cfg, args.checkpoint, args.device)
+        if args.checkpoint is None:
+            print('No checkpoint is given: the weights are random.', file=sys.stderr)
+    if args.max_steps is not None or args.tol is not None:
+        set_solver(model, args.max_steps, args.tol)
+    return model
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batch: dict) -> list:
+    """Predict a batch, and note on the predictions how equilibria were found."""
+    with recorded(equilibrium_layers(model)) as solutions:
+        samples = model.test_step(batch)
+    return annotate(samples, solutions)
+
+
+def describe(sample) -> str:
+    """How the equilibrium of a prediction was found; empty where there is none."""
+    if getattr(sample, 'equilibrium_status', None) is None:
+        return ''
+    return (
+        f'residual {sample.equilibrium_residual:.1e}, '
+        f'{sample.equilibrium_steps} evaluations, '
+        f'{sample.equilibrium_status.replace("_", " ")}'
+    )

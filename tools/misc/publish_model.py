@@ -1,0 +1,181 @@
+r"""Put a trained model among those that come with the package.
+
+Of a checkpoint of a training the weights and the names of the classes are kept. The
+file goes to the folder checkpoints/ beside the config, with the first digits of its
+SHA-256 in its name, and into the metafile as Weights. It then loads by name:
+
+    mdeq_mm.get_model('mdeq-digits', pretrained=True)
+
+Afterwards run tools/misc/model_zoo.py --write, which puts it into docs/model_zoo.md.
+
+Example:
+    python tools/misc/publish_model.py mdeq-digits \
+        work_dirs/mdeq_1xb64-30e_digits/epoch_30.pth
+"""
+
+import argparse
+import hashlib
+import io
+import numbers
+import os.path as osp
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
+sys.path.insert(1, osp.dirname(osp.abspath(__file__)))
+from common import fail
+from model_zoo import set_field
+
+from mdeq_mm import __version__, get_config
+from mdeq_mm.utils.checkpoint import check_finite, read_checkpoint, state_dict_of
+from mdeq_mm.utils.inference import load_model
+from mdeq_mm.utils.saving import AtomicLocalBackend
+from mdeq_mm.zoo.index import SCHEME, find_entry, zoo_root
+from mdeq_mm.zoo.loading import dataset_meta
+
+#: Bytes that a file in the repository may have.
+LIMIT = 1_000_000
+
+
+def plain(value):
+    """Lists, dicts, numbers and texts in place of whatever holds them."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if hasattr(value, 'tolist'):
+        # An array, or one of its numbers.
+        return value.tolist()
+    if isinstance(value, list | tuple | set):
+        return [plain(entry) for entry in value]
+    if value is None or isinstance(value, str | numbers.Number):
+        return value
+    return str(value)
+
+
+def halved(state):
+    """The same weights in half precision; integers stay.
+
+    Statistics of norms stay too: variances may be too small for it.
+
+    Raises:
+        ValueError: If a number is too large for half precision.
+    """
+    half = {
+        key: value.half()
+        if value.is_floating_point() and '.running_' not in key
+        else value
+        for key, value in state.items()
+    }
+    check_finite(half)
+    return half
+
+
+def content_of(name, checkpoint, half):
+    """What is published of a checkpoint.
+
+    Args:
+        name (str): Of the model.
+        checkpoint (dict): The whole of it.
+        half (bool): Whether weights are kept in half precision.
+
+    Returns:
+        dict: ``state_dict``, and ``meta`` with plain types.
+    """
+    state = {k: v.detach().cpu().clone() for k, v in state_dict_of(checkpoint).items()}
+    check_finite(state)
+    meta = checkpoint.get('meta')
+    found = meta.get('dataset_meta') if isinstance(meta, Mapping) else None
+    return dict(
+        state_dict=halved(state) if half else state,
+        meta=dict(
+            # A state dict alone says nothing of its classes.
+            dataset_meta=plain(dataset_meta(get_config(name)) | dict(found or {})),
+            model=name,
+            mdeq_mm_version=__version__,
+        ),
+    )
+
+
+def publish(name, source, half=False, root=None, limit=LIMIT):
+    """Write the weights of a model, and name them in its metafile.
+
+    Args:
+        name (str): Of the model.
+        source (str): The checkpoint.
+        half (bool): Whether weights are kept in half precision.
+        root (Path, optional): Folder of the index. Default: the package's.
+        limit (int): Bytes that the file may have.
+
+    Returns:
+        Path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        RuntimeError: If it is of another architecture.
+        ValueError: If there is no such model, or the checkpoint cannot be used.
+    """
+    root = Path(root or zoo_root())
+    entry = find_entry(name)
+    content = content_of(entry.name, read_checkpoint(str(source)), half)
+    buffer = io.BytesIO()
+    # To memory: in a file its own name would be part of the content.
+    torch.save(content, buffer)
+    data = buffer.getvalue()
+    if len(data) > limit:
+        remedy = '' if half else '; --half halves it'
+        raise ValueError(
+            f'the weights take {len(data):,} bytes, more than the {limit:,} that a '
+            f'file in the repository may have{remedy}'
+        )
+    config = root / entry.config
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    path = config.parent / 'checkpoints' / f'{config.stem}-{digest}.pth'
+    new = not path.exists()
+    AtomicLocalBackend().put(data, path)
+    try:
+        # As a user will load it.
+        load_model(get_config(name), path, 'cpu')
+    except (RuntimeError, ValueError):
+        if new:
+            path.unlink()
+        raise
+    metafile = config.parent / 'metafile.yml'
+    text = metafile.read_text(encoding='utf-8')
+    address = f'{SCHEME}{path.relative_to(root).as_posix()}'
+    text = set_field(text, entry.name, 'Weights', address)
+    metafile.write_text(text, encoding='utf-8')
+    return path
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('name', help='name of the model')
+    parser.add_argument('checkpoint', help='of its training')
+    parser.add_argument(
+        '--half', action='store_true', help='keep weights in half precision'
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    try:
+        path = publish(args.name, args.checkpoint, args.half)
+    except (OSError, RuntimeError, ValueError) as error:
+        fail(f'{error}.')
+    print(f'{path} ({path.stat().st_size:,} bytes) is published.')
+    meta = read_checkpoint(str(path))['meta']['dataset_meta']
+    if not meta.get('classes'):
+        print('It names no classes, so predictions will have numbers alone.')
+    stem = path.stem.rpartition('-')[0]
+    for other in sorted(path.parent.glob(f'{stem}-????????.pth')):
+        if other != path:
+            print(f'{other} was published before and can be removed.')
+
+
+if __name__ == '__main__':
+    main()
