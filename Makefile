@@ -20,7 +20,7 @@ STAMP := $(ENV)/.setup-done
 OPTIONS := $(if $(filter openmmlab,$(STACK)), STACK=openmmlab)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format clean clean-env FORCE
+.PHONY: help setup demo test test-slow lint format docs linkcheck clean clean-env FORCE
 
 help: ## List the targets
 	@echo 'Usage: make TARGET [STACK=onedl|openmmlab] [PYTHON=python3.11] [ARGS=...]'
@@ -48,8 +48,15 @@ format: $(STAMP) ## Correct style and format
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
+docs: $(STAMP) ## Build the documentation as a static site in site/
+	@$(RUN) -m sphinx -W --keep-going -q -c docs -d build/doctrees . site
+	@echo 'Open site/index.html.'
+
+linkcheck: $(STAMP) ## Check the external links of the documentation
+	@$(RUN) -m sphinx -W --keep-going -q -b linkcheck -c docs -d build/doctrees . build/links
+
 clean: ## Remove caches and build products; results and environments stay
-	@rm -rf build dist *.egg-info .pytest_cache .hypothesis
+	@rm -rf build dist site *.egg-info .pytest_cache .hypothesis
 	@find . -path './.venv*' -prune -o -path ./work_dirs -prune -o \
 	    \( -name __pycache__ -o -name .ruff_cache \) -type d -exec rm -rf {} +
 

@@ -45,7 +45,7 @@ class StateSpec:
         """Copy maps into one new flat state.
 
         Args:
-            maps (Sequence[Tensor]): Maps (N, *shape), in the order of ``shapes``.
+            maps (Sequence[Tensor]): Maps ``(N, *shape)``, in the order of ``shapes``.
             dtype (torch.dtype, optional): Type of the state; that of the maps
                 where not given.
 
@@ -73,7 +73,7 @@ class StateSpec:
             flat (Tensor): (N, D).
 
         Returns:
-            list[Tensor]: Maps (N, *shape) that share the memory of ``flat``.
+            list[Tensor]: Maps ``(N, *shape)`` that share the memory of ``flat``.
         """
         parts = zip(flat.split(self.sizes, dim=1), self.shapes, strict=True)
         if not self.channels_last:

@@ -15,7 +15,7 @@ class BroydenSolver(Solver):
     """Broyden's good method on g(z) = f(z) - z (Broyden 1965).
 
     It starts from the inverse Jacobian -I and takes full steps. With steps s_j
-    and the residuals g_{j+1} they lead to, the Jacobian is
+    and the residuals g_{j+1} they lead to, the Jacobian is::
 
         B = -I + G diag(1 / |s_j|^2) S'
 
