@@ -26,11 +26,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from mmengine.config import DictAction
 from PIL import Image, ImageOps
 
 sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 from common import check_checkpoint_path, fail, read_config
+from options import add_model_options, add_opacity, add_solver_options, check_options
 
 from mdeq_mm.utils.anytime import predict_by_evaluation
 from mdeq_mm.utils.inference import load_image, load_model
@@ -52,35 +52,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         default='work_dirs/anytime',
         help='where the pictures go (default: %(default)s)',
     )
-    parser.add_argument(
-        '--max-steps',
-        type=int,
-        help="evaluations at most (default: the config's evaluation solver)",
-    )
-    parser.add_argument(
-        '--tol', type=float, help='residual to stop at; 0 takes all evaluations'
-    )
-    parser.add_argument(
-        '--opacity',
-        type=float,
-        default=0.6,
-        help='of the labels (default: %(default)s)',
-    )
-    parser.add_argument('--device', help='such as cpu or cuda:0')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
+    add_solver_options(parser)
+    add_opacity(parser)
+    add_model_options(parser)
     args = parser.parse_args(argv)
-    if args.max_steps is not None and args.max_steps < 1:
-        parser.error(f'--max-steps is {args.max_steps}; it has to be at least 1')
-    if args.tol is not None and not 0 <= args.tol < math.inf:
-        parser.error(f'--tol is {args.tol}; it has to be 0 or more')
-    if not 0 < args.opacity <= 1:
-        parser.error(f'--opacity is {args.opacity}; it has to be above 0, at most 1')
+    check_options(parser, args)
     return args
 
 

@@ -17,13 +17,11 @@ Example:
 """
 
 import argparse
-import math
 import os.path as osp
 import sys
 from pathlib import Path
 
 import numpy as np
-from mmengine.config import DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 from rich.console import Console
@@ -43,6 +41,7 @@ from common import (
 from convergence_report.picture import draw
 from convergence_report.study import Study
 from convergence_report.writing import sections, to_json
+from options import add_model_options, add_solver_options, check_options
 
 from mdeq_mm.utils.inference import load_model
 
@@ -67,14 +66,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         default='work_dirs/convergence',
         help='where the report goes (default: %(default)s)',
     )
-    parser.add_argument(
-        '--max-steps',
-        type=int,
-        help="evaluations at most (default: the config's evaluation solver)",
-    )
-    parser.add_argument(
-        '--tol', type=float, help="residual to stop at (default: the config's)"
-    )
+    add_solver_options(parser)
     parser.add_argument(
         '--radius-images',
         type=int,
@@ -89,30 +81,12 @@ def parse_args(argv=None) -> argparse.Namespace:
         help='random starts of each image; 0 leaves them out (default: %(default)s)',
     )
     parser.add_argument('--data-root', metavar='DIR', help='folder of the data set')
-    parser.add_argument('--device', help='such as cpu or cuda:0')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
+    add_model_options(parser)
     args = parser.parse_args(argv)
-    for name, least in (
-        ('images', 1),
-        ('max_steps', 1),
-        ('radius_images', 0),
-        ('starts', 0),
-    ):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            option = '--' + name.replace('_', '-')
-            parser.error(f'{option} is {value}; it has to be at least {least}')
-    if args.tol is not None and not 0 < args.tol < math.inf:
-        parser.error(
-            f'--tol is {args.tol}; it has to be above 0: without a tolerance nothing '
-            'converges'
-        )
+    least = dict(images=1, radius_images=0, starts=0)
+    check_options(
+        parser, args, least, needs_tol='without a tolerance nothing converges'
+    )
     return args
 
 

@@ -21,7 +21,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +30,7 @@ sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 sys.path.insert(1, osp.join(sys.path[0], 'misc'))
 from common import fail, iter_datasets, read_config
 from model_zoo import without_content
+from options import add_config_options
 
 from mdeq_mm.utils.inference import load_model
 
@@ -54,13 +54,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help='evaluations of f (default: the limit of the evaluation solver)',
     )
     parser.add_argument('--json', metavar='FILE', help='write the figures there too')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
+    add_config_options(parser)
     args = parser.parse_args(argv)
     if args.shape is not None:
         if len(args.shape) > 2:

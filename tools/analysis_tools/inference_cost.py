@@ -27,13 +27,14 @@ import time
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / 'demo'))
 from common import check_checkpoint_path, fail, merge_options, read_config
+from options import add_config_options
 from tables import Results
 
 from mdeq_mm.utils.inference import load_model
@@ -87,12 +88,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--markdown', action='store_true', help='print the table as Markdown too'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the configs; those of model.backbone go to MDEQ '
+    add_config_options(
+        parser,
+        'override settings of the configs; those of model.backbone go to MDEQ '
         'backbones alone',
     )
     args = parser.parse_args(argv)

@@ -28,11 +28,11 @@ import mmcv
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from mmengine.config import DictAction
 from torch import nn
 
 sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 from common import check_checkpoint_path, fail, read_config
+from options import add_model_options
 
 from mdeq_mm.implicit import EquilibriumLayer
 from mdeq_mm.utils.inference import load_image, load_model
@@ -81,14 +81,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--out-file', metavar='FILE', help=f'picture (default: {OUT_DIR}/<image>.png)'
     )
-    parser.add_argument('--device', help='such as cpu or cuda:0')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
+    add_model_options(parser)
     return parser.parse_args(argv)
 
 

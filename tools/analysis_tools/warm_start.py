@@ -15,7 +15,6 @@ Example:
 import argparse
 import itertools
 import json
-import math
 import os.path as osp
 import re
 import sys
@@ -24,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.config import DictAction
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 from common import check_checkpoint_path, fail, read_config
+from options import add_model_options, add_solver_options, check_options
 
 from mdeq_mm.utils.inference import load_image, load_model
 
@@ -45,35 +44,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument('config', help='config file of a model with an MDEQ backbone')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('frames', help='folder of images')
-    parser.add_argument(
-        '--max-steps',
-        type=int,
-        help="evaluations at most (default: the config's evaluation solver)",
-    )
-    parser.add_argument(
-        '--tol', type=float, help="residual to stop at (default: the config's)"
-    )
+    add_solver_options(parser)
     parser.add_argument('--limit', type=int, help='frames at most (default: all)')
-    parser.add_argument('--device', help='such as cpu or cuda:0')
     parser.add_argument('--json', metavar='FILE', help='write the figures there too')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
+    add_model_options(parser)
     args = parser.parse_args(argv)
-    for name in ('max_steps', 'limit'):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            option = '--' + name.replace('_', '-')
-            parser.error(f'{option} is {value}; it has to be at least 1')
-    if args.tol is not None and not 0 < args.tol < math.inf:
-        parser.error(
-            f'--tol is {args.tol}; it has to be above 0: without a tolerance a warm '
-            'start saves nothing'
-        )
+    check_options(
+        parser,
+        args,
+        dict(limit=1),
+        needs_tol='without a tolerance a warm start saves nothing',
+    )
     return args
 
 

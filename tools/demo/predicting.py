@@ -1,16 +1,16 @@
 """What the demos of images and of videos share: arguments, model, predictions."""
 
 import argparse
-import math
 import os.path as osp
 import sys
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from torch import nn
 
 sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 from common import check_checkpoint_path, fail, merge_options, read_config
+from options import add_model_options, add_opacity, add_solver_options, check_options
 
 from mdeq_mm.implicit.layer import equilibrium_layers
 from mdeq_mm.models.implicit_models.equilibrium_report import annotate, recorded
@@ -30,38 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='checkpoint file (default: the weights of the named model; random ones '
         'for a config file)',
     )
-    parser.add_argument(
-        '--max-steps',
-        type=int,
-        help="evaluations of f at most (default: the config's evaluation solver)",
-    )
-    parser.add_argument(
-        '--tol', type=float, help='residual to stop at; 0 takes all evaluations'
-    )
-    parser.add_argument(
-        '--opacity',
-        type=float,
-        default=0.6,
-        help='of the labels of a segmentation (default: %(default)s)',
-    )
-    parser.add_argument('--device', help='such as cpu or cuda:0')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
+    add_solver_options(parser)
+    add_opacity(parser)
+    add_model_options(parser)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what no model could work with."""
-    if args.max_steps is not None and args.max_steps < 1:
-        parser.error(f'--max-steps is {args.max_steps}; it has to be at least 1')
-    if args.tol is not None and not 0 <= args.tol < math.inf:
-        parser.error(f'--tol is {args.tol}; it has to be 0 or more')
-    if not 0 < args.opacity <= 1:
-        parser.error(f'--opacity is {args.opacity}; it has to be above 0, at most 1')
+    check_options(parser, args)
     if args.device is not None:
         try:
             torch.empty(0, device=args.device)

@@ -20,7 +20,7 @@ from pathlib import Path
 import mmcv
 import numpy as np
 import torch
-from mmengine.config import ConfigDict, DictAction
+from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, VISUALIZERS, init_default_scope
 from mmengine.runner import set_random_seed
@@ -30,6 +30,7 @@ from rich.progress import track
 
 sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 from common import check_data_roots, fail, iter_datasets, read_config, set_data_root
+from options import add_config_options
 
 from mdeq_mm.tasks import SCOPES
 
@@ -68,13 +69,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--seed', type=int, default=0, help='of random steps (default: %(default)s)'
     )
     parser.add_argument('--data-root', metavar='DIR', help='folder of the data set')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
+    add_config_options(parser)
     args = parser.parse_args(argv)
     if args.number < 1:
         parser.error(f'--number is {args.number}; it has to be at least 1')
