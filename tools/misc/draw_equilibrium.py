@@ -5,8 +5,7 @@ variable; on the right what a trained MDEQ thinks of a handwritten digit after e
 evaluation of f.
 
 Example:
-    python tools/dataset_converters/digits.py data/digits
-    python tools/misc/draw_equilibrium.py --image data/digits/test/9/1774.png
+    python tools/misc/draw_equilibrium.py --image docs/images/digit.png
 """
 
 import argparse
@@ -28,7 +27,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--image', required=True, help='a handwritten digit')
+    parser.add_argument(
+        '--image', default='docs/images/digit.png', help='default: %(default)s'
+    )
     parser.add_argument('--model', default='mdeq-digits', help='default: %(default)s')
     parser.add_argument(
         '--out',
@@ -65,7 +66,7 @@ def draw_iterations(axis):
     grid = np.linspace(-0.05, 1.35, 200)
     axis.plot(grid, f(torch.tensor(grid)), color='black', label='f(z)')
     axis.plot(grid, grid, color='grey', linewidth=0.8, label='z')
-    settings = dict(max_steps=40, tol=1e-3, patience=40)
+    settings = dict(max_steps=100, tol=1e-3, patience=100)
     for name, solver in (
         ('plain iteration', PicardSolver(**settings)),
         ('Anderson acceleration', AndersonSolver(**settings)),
