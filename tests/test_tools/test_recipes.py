@@ -51,9 +51,11 @@ def test_cifar10(tmp_path):
     data = tmp_path / 'cifar10'
     write_class_folder(data, CLASSES, dict(train=4, test=2), size=32)
     out = tmp_path / 'out'
-    args = ['--data-root', data, '--work-dir', out, '--only', 'ResNet-18', 'MDEQ-tiny']
-    done = call('cifar10', *args, '--cfg-options', *TWO)
-    assert done.returncode == 0, done.stdout + done.stderr
+    args = ['--data-root', data, '--work-dir', out]
+    # One after the other: the second finds the result of the first.
+    for model in ('MDEQ-tiny', 'ResNet-18'):
+        done = call('cifar10', *args, '--only', model, '--cfg-options', *TWO)
+        assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((out / 'results.json').read_text())
     assert list(results) == ['MDEQ-tiny', 'ResNet-18']
     parameters = {label: r['parameters'] for label, r in results.items()}
@@ -74,7 +76,8 @@ def test_cifar10(tmp_path):
     # A second call trains nothing, and tells the same.
     checkpoint = out / 'mdeq-tiny' / 'iter_2.pth'
     before = checkpoint.stat().st_mtime_ns
-    done = call('cifar10', *args, '--cfg-options', *TWO)
+    both = ['--only', 'ResNet-18', 'MDEQ-tiny']
+    done = call('cifar10', *args, *both, '--cfg-options', *TWO)
     assert done.returncode == 0, done.stdout + done.stderr
     assert checkpoint.stat().st_mtime_ns == before
     again = json.loads((out / 'results.json').read_text())

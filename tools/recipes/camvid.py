@@ -32,7 +32,7 @@ def main(argv=None):
     runs = pick(FULL if args.full else SHORT, args.only)
     schedule = '20,000 iterations' if args.full else 'short schedule'
     recipe = Recipe(
-        f'CamVid, {schedule}', runs, Metric('mIoU', 'test mIoU, %'), args, test=True
+        f'CamVid, {schedule}', runs, Metric('mIoU', 'mIoU, %'), args, test=True
     )
     unpack(recipe.console, args.archive, args.data_root, 'camvid.py', 'CamVid')
     recipe.run()

@@ -38,7 +38,7 @@ def main(argv=None):
     recipe = Recipe(
         f'CIFAR-10, {schedule}',
         runs,
-        Metric('accuracy/top1', 'test accuracy, %'),
+        Metric('accuracy/top1', 'accuracy, %'),
         args,
     )
     unpack(recipe.console, args.archive, args.data_root, 'cifar10.py', 'CIFAR-10')

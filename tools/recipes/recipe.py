@@ -26,7 +26,7 @@ class Metric:
 
     Attributes:
         key (str): Its name in mmengine's logs, in percent.
-        name (str): What the reader sees.
+        name (str): What the reader sees, in percent too.
     """
 
     key: str
@@ -71,7 +71,8 @@ def parse_args(argv, description, work_dir, data_root, archive):
         '--work-dir',
         default=work_dir,
         type=Path,
-        help='results, and one folder for each training (default: %(default)s)',
+        help='results, and one folder for each training; those of --full go to its '
+        'folder full/ (default: %(default)s)',
     )
     parser.add_argument(
         '--full',
@@ -94,7 +95,11 @@ def parse_args(argv, description, work_dir, data_root, archive):
         metavar='KEY=VALUE',
         help='passed on to tools/train.py and tools/test.py',
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.full:
+        # A short training is not to be gone on with.
+        args.work_dir /= 'full'
+    return args
 
 
 def pick(runs, only):
@@ -135,7 +140,7 @@ class Recipe:
 
     def run(self):
         """Train, test, and write tables, figures and curves."""
-        results = {}
+        results = self._known()
         for run in self.runs:
             self._train(run)
             results[run.label] = self._result(run)
@@ -143,6 +148,11 @@ class Recipe:
         self.console.print(Markdown(self._table(results)))
         for name in ('results.md', 'results.json', 'curves.png'):
             self.console.print(f'{self.args.work_dir / name}', highlight=False)
+
+    def _known(self):
+        """Results of models that an earlier call trained."""
+        path = self.args.work_dir / 'results.json'
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def _folder(self, run):
         return self.args.work_dir / run.label.lower()
@@ -207,7 +217,7 @@ class Recipe:
             'parameters': sum(
                 w.numel() for k, w in weights.items() if not k.endswith(buffers)
             ),
-            self.metric.name: value,
+            f'test {self.metric.name}': value,
             'seconds': sum(seconds for _, seconds, _ in steps),
             'iterations': steps[-1][0] if steps else 0,
             'checkpoint': checkpoint.name,
@@ -232,13 +242,14 @@ class Recipe:
         return json.loads(known.read_text())[self.metric.key]
 
     def _table(self, results):
+        name = f'test {self.metric.name}'
         lines = [
-            f'| model | parameters, M | {self.metric.name} | iterations | minutes |',
+            f'| model | parameters, M | {name} | iterations | minutes |',
             '| --- | ---: | ---: | ---: | ---: |',
         ]
         for label, r in results.items():
             lines.append(
-                f'| {label} | {r["parameters"] / 1e6:.2f} | {r[self.metric.name]:.1f} '
+                f'| {label} | {r["parameters"] / 1e6:.2f} | {r[name]:.1f} '
                 f'| {r["iterations"]:,} | {r["seconds"] / 60:.0f} |'
             )
         return '\n'.join([f'## {self.title}', '', *lines, ''])
@@ -259,7 +270,12 @@ class Recipe:
                 right.plot(*zip(*result['curve'], strict=True), 'o-', label=label)
         left.set(xlabel='iteration', ylabel='loss', title='Training')
         left.set_yscale('log')
-        right.set(xlabel='evaluated after', ylabel=self.metric.name, title='Evaluation')
+        images = 'validation' if self.test else 'test'
+        right.set(
+            xlabel='evaluated after',
+            ylabel=f'{images} {self.metric.name}',
+            title='Evaluation',
+        )
         right.set_ylim(bottom=0)
         for axis in (left, right):
             axis.grid(alpha=0.3)
