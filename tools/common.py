@@ -34,6 +34,7 @@ from mdeq_mm.utils.checkpoint import (
     state_dict_of,
 )
 from mdeq_mm.utils.data_checks import check_processes_agree
+from mdeq_mm.zoo.index import config_path, find_entry, similar
 
 # OneDL's mmcv comes without compiled operators and says so at every start; no
 # model here uses them.
@@ -109,15 +110,33 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        name = osp.splitext(osp.basename(args.config))[0]
+        name = osp.splitext(osp.basename(cfg.filename))[0]
         cfg.work_dir = osp.join('./work_dirs', name)
     return cfg
 
 
+def find_config(path: str) -> str:
+    """The file of a config: itself, or that of the model of such a name."""
+    if osp.isfile(path):
+        return path
+    try:
+        return config_path(path)
+    except ValueError:
+        close = similar(path)
+    hint = f' Did you mean {" or ".join(close)}?' if close else ''
+    fail(f'the config {path!r} does not exist.{hint}')
+
+
+def find_weights(config: str, checkpoint: str | None) -> str | None:
+    """The checkpoint, or in its place the weights that are published by a name."""
+    if checkpoint is not None or osp.isfile(config):
+        return checkpoint
+    return find_entry(config).weights
+
+
 def read_config(path: str, options: dict | None = None) -> Config:
-    """Read a config file and merge --cfg-options into it."""
-    if not osp.isfile(path):
-        fail(f'the config {path!r} does not exist.')
+    """Read a config, by its file or its model's name, and merge --cfg-options."""
+    path = find_config(path)
     try:
         cfg = Config.fromfile(path)
     except ImportError as error:

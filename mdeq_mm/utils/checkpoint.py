@@ -394,7 +394,8 @@ def _check_fits(key, found, value, name):
         raise RuntimeError(
             f'{key} has shape {tuple(found.shape)} in the checkpoint and '
             f'{tuple(value.shape)} in {name}: set its channels to those of the '
-            'checkpoint (arch for a backbone)'
+            'checkpoint (arch for a backbone), or take the backbone alone, with '
+            "init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.')"
         )
     if not _is_dense(found) or value.is_floating_point() > found.is_floating_point():
         raise ValueError(

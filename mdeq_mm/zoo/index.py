@@ -126,19 +126,33 @@ def find_entry(name):
         for path in (zoo_root() / config, Path(text).expanduser()):
             if path.is_file():
                 return Entry(name=path.stem, config=str(path.resolve()))
-        known = [e.config for e in models]
-        close = difflib.get_close_matches(str(config), known, cutoff=0.5)
     else:
         for entry in models:
             if text.lower() in entry.names:
                 return entry
-        known = sorted(set().union(*(e.names for e in models)))
-        close = _close_names(text.lower(), known)
+    close = similar(text)
     hint = f'did you mean {" or ".join(map(repr, close))}? ' if close else ''
     raise ValueError(
         f'{text!r} is no model of mdeq_mm: {hint}mdeq_mm.list_models() returns all '
         'names'
     )
+
+
+def similar(text):
+    """What may have been meant by a name, or path of a config, that is none.
+
+    Args:
+        text (str): The name.
+
+    Returns:
+        list[str]: Up to three names, or paths of configs.
+    """
+    models = entries().values()
+    if text.endswith('.py'):
+        config = str(PurePosixPath('configs', text.removeprefix('configs/')))
+        return difflib.get_close_matches(config, [e.config for e in models], cutoff=0.5)
+    known = sorted(set().union(*(e.names for e in models)))
+    return _close_names(text.lower(), known)
 
 
 def _close_names(text, known):

@@ -99,7 +99,7 @@ def test_a_file_is_checked_on_real_digits_and_timed(
     other = tmp_path / 'other.onnx'
     with pytest.raises(SystemExit, match='differs from PyTorch by more'):
         tool.main([str(x) for x in (small[0], '--out', other, *options[2:])])
-    assert not other.exists() and (tmp_path / 'other.onnx.unverified').exists()
+    assert not other.exists() and (tmp_path / 'other.unverified.onnx').exists()
     (result,) = json.loads(figures.read_text())
     assert not result['check']['passed']
     assert 1e-4 < result['check']['difference']['scores'] < 1e-2

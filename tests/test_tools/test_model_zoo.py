@@ -334,13 +334,14 @@ class TestPublish:
 
     def test_says_what_it_did(self, publishing, root, trained, monkeypatch, capsys):
         monkeypatch.setattr(publishing, 'zoo_root', lambda: root)
-        publishing.main(['mdeq-digits', str(trained)])
-        whole = capsys.readouterr().out
-        assert whole.endswith(' bytes) is published.\n')
-        publishing.main(['mdeq-digits', str(trained), '--half'])
+        publishing.main(['mdeq-digits', str(trained), '--replace'])
+        whole, note = capsys.readouterr().out.splitlines()
+        assert whole.endswith(' bytes) is published.')
+        assert note.startswith('Results in its metafile are not looked at')
+        publishing.main(['mdeq-digits', str(trained), '--half', '--replace'])
         lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == 2
-        assert lines[1] == f'{whole.split(" (")[0]} was published before and can be ' \
+        assert len(lines) == 3
+        assert lines[2] == f'{whole.split(" (")[0]} was published before and can be ' \
             'removed.'  # fmt: skip
 
     @pytest.mark.parametrize(
@@ -352,4 +353,4 @@ class TestPublish:
     )
     def test_errors_are_sentences(self, publishing, trained, name, source, message):
         with pytest.raises(SystemExit, match=rf'error: .*{message}.*[^.]\.$'):
-            publishing.main([name, source or str(trained)])
+            publishing.main([name, source or str(trained), '--replace'])

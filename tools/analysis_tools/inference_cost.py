@@ -150,7 +150,7 @@ class Measured:
         self.device = torch.device(device)
         self.model = load_model(cfg, checkpoint, device)
         generator = torch.Generator().manual_seed(0)
-        size = (3, *shape)
+        size = (cfg.model.backbone.get('in_channels', 3), *shape)
         self.images = [
             torch.randint(256, size, dtype=torch.uint8, generator=generator)
             for _ in range(batch)

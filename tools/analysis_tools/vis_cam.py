@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
-from common import check_checkpoint_path, fail, read_config
+from common import check_checkpoint_path, fail, find_weights, read_config
 from options import add_model_options
 
 from mdeq_mm.implicit import EquilibriumLayer
@@ -56,8 +56,12 @@ def parse_args(argv=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('image', help='image file')
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('config', help='config file, or the name of a model')
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        help='checkpoint file (default: the weights of a named model)',
+    )
     parser.add_argument(
         '--category',
         metavar='CLASS',
@@ -343,12 +347,16 @@ def overlay(library, image, cam):
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    check_checkpoint_path(args.checkpoint)
+    if args.checkpoint is not None:
+        check_checkpoint_path(args.checkpoint)
     if not osp.isfile(args.image):
         fail(f'the image {args.image!r} does not exist.')
     cfg = read_config(args.config, args.cfg_options)
     if not cfg.get('test_dataloader'):
         fail(f'{args.config!r} has no test_dataloader, whose pipeline the image takes.')
+    args.checkpoint = find_weights(args.config, args.checkpoint)
+    if args.checkpoint is None:
+        fail('a checkpoint is needed: random weights look at nothing.')
     library = load_library()
     try:
         figure = draw(library, args, cfg)

@@ -13,7 +13,8 @@ also residual (N,), by which a device knows whether a sample converged. N is ope
 unless --batch fixes it, H and W are fixed: several --size write a file each.
 
 The file is then run beside PyTorch with the same evaluations; where an output differs
-by more than 1e-4, it stays under the name FILE.unverified and the exit status is 1.
+by more than 1e-4, it stays under a name that ends in .unverified.onnx
+(or .pt2) and the exit status is 1.
 
 Example:
     python tools/deployment/export.py CONFIG CHECKPOINT --out model.onnx --residual
@@ -35,7 +36,7 @@ from rich.table import Table
 
 sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 sys.path.insert(0, osp.dirname(osp.abspath(__file__)))
-from common import check_checkpoint_path, fail, read_config
+from common import check_checkpoint_path, fail, find_weights, read_config
 from exporting.about import build_resnet50, metadata_of
 from exporting.images import find_images, size_of
 from exporting.running import File, agreement, differences, latencies, reference
@@ -313,7 +314,8 @@ def work(args, cfg, model, peer, size, path):
     # The model refuses images that are too small, before minutes of work.
     expected = verify(args, cfg, model, deployable, shape)
     metadata = metadata_of(cfg, model, deployable, shape, Path(args.config).name)
-    draft = path.with_name(f'{path.name}.unverified')
+    # The suffix stays last: torch.export warns of others.
+    draft = path.with_name(f'{path.stem}.unverified{path.suffix}')
     export(args, deployable, shape, draft, metadata)
     file = open_file(args, draft)
     check = compare(file, deployable.output_names, expected)
@@ -376,8 +378,9 @@ def main(argv=None) -> None:
             if args.opset is not None:
                 check_opset(args.opset)
         torch.manual_seed(0)
-        model = load_model(cfg, args.checkpoint, args.device)
-        if args.checkpoint is None:
+        checkpoint = find_weights(args.config, args.checkpoint)
+        model = load_model(cfg, checkpoint, args.device)
+        if checkpoint is None:
             say('No checkpoint was given: the weights are random.')
         tell(model, args, say)
         peer = build_peer(args, cfg, model, channels_of(model))

@@ -17,6 +17,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 
 import mdeq_mm
 from mdeq_mm.implicit import AndersonSolver, PicardSolver
@@ -33,7 +34,7 @@ def parse_args(argv=None):
     parser.add_argument('--model', default='mdeq-digits', help='default: %(default)s')
     parser.add_argument(
         '--out',
-        default='docs/images/equilibrium.png',
+        default='work_dirs/equilibrium.png',
         type=Path,
         help='default: %(default)s',
     )
@@ -137,6 +138,8 @@ def main(argv=None):
     draw_prediction(right, args)
     for axis in (left, right):
         axis.grid(alpha=0.3)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(args.out, dpi=120)
     print(args.out)
 

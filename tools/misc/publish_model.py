@@ -158,16 +158,25 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--half', action='store_true', help='keep weights in half precision'
     )
+    parser.add_argument(
+        '--replace',
+        action='store_true',
+        help='take the place of weights that are published already',
+    )
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     try:
+        weights = find_entry(args.name).weights
+        if weights and not args.replace:
+            fail(f'{args.name!r} has weights, {weights}: --replace takes their place.')
         path = publish(args.name, args.checkpoint, args.half)
     except (OSError, RuntimeError, ValueError) as error:
         fail(f'{error}.')
     print(f'{path} ({path.stat().st_size:,} bytes) is published.')
+    print('Results in its metafile are not looked at: write down what it reaches.')
     meta = read_checkpoint(str(path))['meta']['dataset_meta']
     if not meta.get('classes'):
         print('It names no classes, so predictions will have numbers alone.')
