@@ -9,8 +9,6 @@ import math
 import shutil
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -18,8 +16,7 @@ from mmengine.runner import Runner
 from yapf.yapflib import yapf_api
 
 from mdeq_mm.implicit.layer import equilibrium_layers
-from tests.cityscapes_folder import write_cityscapes
-from tests.image_folders import write_class_folder
+from tests.short_trainings import shorten, write_data_sets
 
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmseg')
@@ -42,87 +39,16 @@ CASES = [
     for name in [f'{path.parent.name}/{path.stem}']
 ]
 
-# Sides of images and crops, of which the larger ones take a CPU too long.
-SMALLER = {
-    224: 64,
-    256: 72,
-    (2048, 1024): (128, 64),
-    (512, 1024): (32, 64),
-    (768, 1024): (48, 64),
-    (480, 360): (120, 90),
-    (360, 480): (80, 112),
-}
-SIZES = ('scale', 'crop_size', 'size')
-
 
 @pytest.fixture(scope='module')
 def roots(tmp_path_factory):
     """Folders of tiny data sets, by where configs expect the real ones."""
-    root = tmp_path_factory.mktemp('data')
-    classes = [f'n{i:08d}' for i in range(1000)]
-    write_class_folder(root / 'imagenet', classes, dict(train=4, val=2), size=72)
-    names = [str(i) for i in range(10)]
-    for name, split in (('cifar10', 'test'), ('digits', 'test')):
-        splits = {'train': 4, split: 2}
-        classes = names
-        if name == 'cifar10':
-            classes = 'airplane automobile bird cat deer dog frog horse ship truck'
-            classes = classes.split()
-        write_class_folder(root / name, classes, splits, size=32)
-    write_cityscapes(root / 'cityscapes', dict(train=4, val=1))
-    rng = np.random.default_rng(0)
-    for name, size, suffix in (
-        ('camvid', (90, 120), 'jpg'),
-        ('digit_scenes', (64, 64), 'png'),
-    ):
-        for split, number in (('train', 4), ('val', 1), ('test', 1)):
-            for i in range(number):
-                labels = rng.integers(0, 11, size, np.uint8)
-                write(root / name / 'annotations' / split / f'{i}.png', labels)
-                image = np.stack([labels * 20] * 3, axis=2)
-                write(root / name / 'images' / split / f'{i}.{suffix}', image)
-    return root
-
-
-def write(path, image):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), image)
-
-
-def shrink(node, roots):
-    """Replace folders and sizes, wherever they stand in a config."""
-    if isinstance(node, list | tuple):
-        for part in node:
-            shrink(part, roots)
-        return
-    if not isinstance(node, dict):
-        return
-    if str(node.get('data_root', '')).startswith('data/'):
-        node['data_root'] = str(roots / Path(node['data_root']).name)
-    for key, value in node.items():
-        small = SMALLER.get(tuple(value) if isinstance(value, list) else value) if (
-            key in SIZES and isinstance(value, int | list | tuple)
-        ) else None  # fmt: skip
-        if small is not None:
-            node[key] = small
-        else:
-            shrink(value, roots)
+    return write_data_sets(tmp_path_factory.mktemp('data'))
 
 
 def shortened(path, roots, work_dir):
     cfg = Config.fromfile(path)
-    for field in ('train_dataloader', 'val_dataloader', 'model', 'data_preprocessor'):
-        shrink(cfg.get(field), roots)
-    for loader in (cfg.train_dataloader, cfg.val_dataloader):
-        loader.update(num_workers=0, persistent_workers=False, batch_size=2)
-    if cfg.train_cfg.get('by_epoch') or 'max_epochs' in cfg.train_cfg:
-        cfg.train_cfg.update(max_epochs=1, val_interval=1)
-    else:
-        cfg.train_cfg.update(max_iters=2, val_interval=2)
-    if 'warmup' in cfg.default_hooks:
-        cfg.default_hooks.warmup.update(by_epoch=False, end=1)
-    if 'jacobian' in cfg.default_hooks:
-        cfg.default_hooks.jacobian.update(frequency=1.0)
+    shorten(cfg, roots)
     if cfg.model.backbone.get('init_cfg') is not None:
         cfg.model.backbone.init_cfg = None
     if 'pretrained' in cfg.model:
