@@ -19,7 +19,12 @@ settings.load_profile('repeatable')
 
 
 # Files that take minutes, and start first, so that no process is left alone with one.
-LONGEST = ('test_digits_demo', 'test_benchmark', 'test_every_config')
+LONGEST = (
+    'test_bash_blocks',
+    'test_digits_demo',
+    'test_benchmark',
+    'test_every_config',
+)
 
 
 def pytest_collection_modifyitems(items):
