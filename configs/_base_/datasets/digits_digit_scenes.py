@@ -10,6 +10,8 @@ cls_train_pipeline = [
 ]
 cls_test_pipeline = [
     dict(type='LoadImageFromFile', color_type='grayscale'),
+    # As of digits_bs64.py.
+    dict(type='RandomGrayscale', prob=1.0, channel_weights=(1, 2, 1)),
     dict(type='Resize', scale=32, interpolation='bilinear'),
     dict(type='PackInputs'),
 ]
