@@ -34,7 +34,7 @@ MADE = shutil.ignore_patterns('site', '*_cache', '.hypothesis', 'work_dirs')
 DIGITS = 'configs/demo/mdeq_1xb64-30e_digits.py'
 SCENES = 'configs/demo/mdeq_1xb16-12e_digit-scenes-64x64.py'
 IN1K = 'configs/imagenet/mdeq-small_4xb32-100e_in1k.py'
-CAMVID = 'fcn_mdeq_short_1xb4-2800it_camvid-180x240'
+CAMVID = 'fcn_mdeq_short_1xb4-1400it_camvid-180x240'
 STREETS = 'configs/cityscapes/fcn_mdeq-small_4xb3-124k_cityscapes-512x1024.py'
 
 # What stands for something of the reader's. The folders below {data} hold the tiny
@@ -69,7 +69,7 @@ ON_PAGE = {
     'README.md': {
         'CONFIG': f'configs/camvid/{CAMVID}.py',
         'CHECKPOINT': f'work_dirs/{CAMVID}/iter_2800.pth',
-        'OTHER_CONFIG': 'configs/camvid/fcn_hr18s_short_1xb4-2800it_camvid-180x240.py',
+        'OTHER_CONFIG': 'configs/camvid/fcn_hr18s_short_1xb4-1400it_camvid-180x240.py',
         'FRAMES': 'data/camvid/images/test',
         'IMAGE': 'data/camvid/images/test/0.jpg',
         '--shape 1024 2048': '--shape 64 128',

@@ -28,7 +28,7 @@ PATHS = sorted(p for p in CONFIGS.glob('*/*.py') if p.parent.name != '_base_')
 FAST = (
     'cifar10/resnet50_2xb64-50e_cifar10',
     'cifar10/mdeq-tiny_official_2xb64-50e_cifar10',
-    'camvid/fcn_mdeq_short_1xb4-2800it_camvid-180x240',
+    'camvid/fcn_mdeq_short_1xb4-1400it_camvid-180x240',
     'demo/mdeq_jacobian_1xb64-30e_digits',
     'demo/hrnet_1xb16-12e_digit-scenes-64x64',
     'imagenet/resnet50_8xb32-100e_in1k',

@@ -29,7 +29,7 @@ from tests.image_folders import CIFAR10, write_class_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / 'configs/cifar10/mdeq-tiny_2xb64-50e_cifar10.py'
-CAMVID = ROOT / 'configs/camvid/fcn_mdeq_short_1xb4-2800it_camvid-180x240.py'
+CAMVID = ROOT / 'configs/camvid/fcn_mdeq_short_1xb4-1400it_camvid-180x240.py'
 RESNET = ROOT / 'configs/cifar10/resnet50_2xb64-50e_cifar10.py'
 IN_PROCESS = [f'{stage}_dataloader.num_workers=0' for stage in ('train', 'val', 'test')]
 FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'

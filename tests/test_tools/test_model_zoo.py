@@ -344,6 +344,23 @@ class TestPublish:
         assert lines[2] == f'{whole.split(" (")[0]} was published before and can be ' \
             'removed.'  # fmt: skip
 
+    def test_elsewhere(self, publishing, trained, tmp_path, capsys, repo_root):
+        """A model of one's own, by its config file; nothing else is written."""
+        config = repo_root / 'configs' / 'demo' / 'mdeq_1xb64-30e_digits.py'
+        metafile = config.with_name('metafile.yml').read_text()
+        target = tmp_path / 'mine.pth'
+        publishing.main([str(config), str(trained), '--out', str(target)])
+        (path,) = tmp_path.glob('mine-*.pth')
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        assert path.name == f'mine-{digest}.pth'
+        assert str(path) in capsys.readouterr().out
+        found = torch.load(path, weights_only=True)
+        expected = torch.load(trained, weights_only=True)['state_dict']
+        assert found['meta']['dataset_meta'] == dict(classes=list('0123456789'))
+        for key, value in expected.items():
+            assert torch.equal(found['state_dict'][key], value)
+        assert config.with_name('metafile.yml').read_text() == metafile
+
     @pytest.mark.parametrize(
         'name, source, message',
         [

@@ -7,6 +7,8 @@ SHA-256 in its name, and into the metafile as Weights. It then loads by name:
     mdeq_mm.get_model('mdeq-digits', pretrained=True)
 
 Afterwards run tools/misc/model_zoo.py --write, which puts it into docs/model_zoo.md.
+With --out the file goes anywhere, and nothing else is written: to publish a model of
+one's own.
 
 Example:
     python tools/misc/publish_model.py mdeq-digits \
@@ -98,6 +100,49 @@ def content_of(name, checkpoint, half):
     )
 
 
+def data_of(entry, source, half):
+    """The content of a published file, as bytes.
+
+    Args:
+        entry (Entry): The model.
+        source (str): The checkpoint.
+        half (bool): Whether weights are kept in half precision.
+    """
+    buffer = io.BytesIO()
+    # To memory: in a file its own name would be part of the content.
+    torch.save(content_of(entry.name, read_checkpoint(str(source)), half), buffer)
+    return buffer.getvalue()
+
+
+def write(data, name, target):
+    """Write a file with the first digits of its hash in its name, and load it.
+
+    Args:
+        data (bytes): Content.
+        name (str): Of the model.
+        target (Path): Path without the hash.
+
+    Returns:
+        Path: The file.
+
+    Raises:
+        RuntimeError: If it is of another architecture; nothing is left then.
+        ValueError: If it cannot be used.
+    """
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    path = target.with_name(f'{target.stem}-{digest}.pth')
+    new = not path.exists()
+    AtomicLocalBackend().put(data, path)
+    try:
+        # As a user will load it.
+        load_model(get_config(name), path, 'cpu')
+    except (RuntimeError, ValueError):
+        if new:
+            path.unlink()
+        raise
+    return path
+
+
 def publish(name, source, half=False, root=None, limit=LIMIT):
     """Write the weights of a model, and name them in its metafile.
 
@@ -118,11 +163,7 @@ def publish(name, source, half=False, root=None, limit=LIMIT):
     """
     root = Path(root or zoo_root())
     entry = find_entry(name)
-    content = content_of(entry.name, read_checkpoint(str(source)), half)
-    buffer = io.BytesIO()
-    # To memory: in a file its own name would be part of the content.
-    torch.save(content, buffer)
-    data = buffer.getvalue()
+    data = data_of(entry, source, half)
     if len(data) > limit:
         remedy = '' if half else '; --half halves it'
         raise ValueError(
@@ -130,17 +171,7 @@ def publish(name, source, half=False, root=None, limit=LIMIT):
             f'file in the repository may have{remedy}'
         )
     config = root / entry.config
-    digest = hashlib.sha256(data).hexdigest()[:8]
-    path = config.parent / 'checkpoints' / f'{config.stem}-{digest}.pth'
-    new = not path.exists()
-    AtomicLocalBackend().put(data, path)
-    try:
-        # As a user will load it.
-        load_model(get_config(name), path, 'cpu')
-    except (RuntimeError, ValueError):
-        if new:
-            path.unlink()
-        raise
+    path = write(data, name, config.parent / 'checkpoints' / f'{config.stem}.pth')
     metafile = config.parent / 'metafile.yml'
     text = metafile.read_text(encoding='utf-8')
     address = f'{SCHEME}{path.relative_to(root).as_posix()}'
@@ -159,6 +190,12 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--half', action='store_true', help='keep weights in half precision'
     )
     parser.add_argument(
+        '--out',
+        metavar='FILE',
+        help='write there, FILE-<hash>.pth, of any size, and leave the package as it '
+        'is; NAME may be a config file then',
+    )
+    parser.add_argument(
         '--replace',
         action='store_true',
         help='take the place of weights that are published already',
@@ -169,6 +206,11 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     try:
+        if args.out:
+            data = data_of(find_entry(args.name), args.checkpoint, args.half)
+            path = write(data, args.name, Path(args.out))
+            print(f'{path} ({path.stat().st_size:,} bytes)')
+            return
         weights = find_entry(args.name).weights
         if weights and not args.replace:
             fail(f'{args.name!r} has weights, {weights}: --replace takes their place.')

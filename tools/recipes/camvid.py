@@ -1,6 +1,6 @@
 """CamVid: MDEQ and HRNet-W18s from scratch on one schedule.
 
-The short schedule is for a CPU: images of 240x180 pixels, 2,800 iterations of 4 crops.
+The short schedule is for a CPU: images of 240x180 pixels, 1,400 iterations of 4 crops.
 --full is 20,000 iterations of 8 crops of 480x360, for a GPU. Both keep the checkpoint
 that is best on the validation set, and test that one. A recipe that was interrupted
 goes on where it was when it is called again.
@@ -12,8 +12,8 @@ Example:
 from recipe import Metric, Recipe, Run, parse_args, pick, unpack
 
 SHORT = [
-    Run('MDEQ', 'camvid/fcn_mdeq_short_1xb4-2800it_camvid-180x240.py'),
-    Run('HRNet-W18s', 'camvid/fcn_hr18s_short_1xb4-2800it_camvid-180x240.py'),
+    Run('MDEQ', 'camvid/fcn_mdeq_short_1xb4-1400it_camvid-180x240.py'),
+    Run('HRNet-W18s', 'camvid/fcn_hr18s_short_1xb4-1400it_camvid-180x240.py'),
 ]
 FULL = [
     Run('MDEQ', 'camvid/fcn_mdeq-small_1xb8-20k_camvid-360x480.py'),

@@ -142,8 +142,11 @@ class Recipe:
         """Train, test, and write tables, figures and curves."""
         results = self._known()
         for run in self.runs:
-            self._train(run)
-            results[run.label] = self._result(run)
+            if not self._finished(run, results):
+                self._train(run)
+            result = self._result(run)
+            # Read anew: another call may have trained other models meanwhile.
+            results = self._known() | {run.label: result}
             self._write(results)
         self.console.print(Markdown(self._table(results)))
         for name in ('results.md', 'results.json', 'curves.png'):
@@ -153,6 +156,17 @@ class Recipe:
         """Results of models that an earlier call trained."""
         path = self.args.work_dir / 'results.json'
         return json.loads(path.read_text()) if path.is_file() else {}
+
+    def _finished(self, run, results):
+        """Whether the same command led to a result that is still there."""
+        known = results.get(run.label, {})
+        return (
+            known.get('command') == self._command(run)
+            and (self._folder(run) / known['checkpoint']).is_file()
+        )
+
+    def _command(self, run):
+        return f'python {" ".join(self._train_command(run))}'
 
     def _folder(self, run):
         return self.args.work_dir / run.label.lower()
@@ -222,7 +236,7 @@ class Recipe:
             'iterations': steps[-1][0] if steps else 0,
             'checkpoint': checkpoint.name,
             'log': str(max(folder.glob('*/*.log'))),
-            'command': f'python {" ".join(self._train_command(run))}',
+            'command': self._command(run),
             'losses': [(step, loss) for step, _, loss in steps],
             'curve': curve,
         }

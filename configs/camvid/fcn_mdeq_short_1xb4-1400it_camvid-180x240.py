@@ -1,9 +1,9 @@
 # A small MDEQ from scratch, 4.2 M parameters, for a short budget on a CPU: half of
 # the iterations unrolled, half at the equilibrium. It shows that training works, not
 # how well it ends. Another length takes these values on the command line:
-#   --cfg-options train_cfg.max_iters=1400 train_cfg.val_interval=350
-#   param_scheduler.1.T_max=1300 param_scheduler.1.end=1400
-#   default_hooks.checkpoint.interval=350 default_hooks.warmup.end=700
+#   --cfg-options train_cfg.max_iters=2800 train_cfg.val_interval=700
+#   param_scheduler.1.T_max=2700 param_scheduler.1.end=2800
+#   default_hooks.checkpoint.interval=700 default_hooks.warmup.end=1400
 _base_ = [
     '../_base_/models/fcn_mdeq_small.py',
     '../_base_/datasets/camvid_180x240.py',
@@ -33,8 +33,8 @@ model = dict(
 
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(interval=700, max_keep_ckpts=2, save_best='mIoU'),
-    warmup=dict(type='UnrollWarmupHook', unroll_steps=4, end=1400, by_epoch=False),
+    checkpoint=dict(interval=350, max_keep_ckpts=2, save_best='mIoU'),
+    warmup=dict(type='UnrollWarmupHook', unroll_steps=4, end=700, by_epoch=False),
     monitor=dict(type='EquilibriumMonitorHook', interval=20),
 )
 

@@ -17,6 +17,6 @@ model = dict(
 
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(interval=700, max_keep_ckpts=2, save_best='mIoU'),
+    checkpoint=dict(interval=350, max_keep_ckpts=2, save_best='mIoU'),
 )
 randomness = dict(seed=0)
