@@ -32,7 +32,6 @@ COPIED = (
 MADE = shutil.ignore_patterns('site', '*_cache', '.hypothesis', 'work_dirs')
 
 DIGITS = 'configs/demo/mdeq_1xb64-30e_digits.py'
-SCENES = 'configs/demo/mdeq_1xb16-12e_digit-scenes-64x64.py'
 IN1K = 'configs/imagenet/mdeq-small_4xb32-100e_in1k.py'
 CAMVID = 'fcn_mdeq_short_1xb4-1400it_camvid-180x240'
 STREETS = 'configs/cityscapes/fcn_mdeq-small_4xb3-124k_cityscapes-512x1024.py'
@@ -68,7 +67,7 @@ PLACEHOLDERS = {
 ON_PAGE = {
     'README.md': {
         'CONFIG': f'configs/camvid/{CAMVID}.py',
-        'CHECKPOINT': f'work_dirs/{CAMVID}/iter_2800.pth',
+        'CHECKPOINT': f'work_dirs/{CAMVID}/iter_1400.pth',
         'OTHER_CONFIG': 'configs/camvid/fcn_hr18s_short_1xb4-1400it_camvid-180x240.py',
         'FRAMES': 'data/camvid/images/test',
         'IMAGE': 'data/camvid/images/test/0.jpg',
@@ -97,8 +96,6 @@ MODULES = {'docs/extending.md': 'my_solvers'}
 # Checkpoints that Python blocks load, and whose models they hold.
 CHECKPOINTS = {
     'work_dirs/mine/epoch_30.pth': DIGITS,
-    'work_dirs/digits/epoch_1.pth': DIGITS,
-    'work_dirs/digit_scenes/epoch_1.pth': SCENES,
 }
 
 
