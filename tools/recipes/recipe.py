@@ -314,7 +314,8 @@ def read_log(folder, key):
                 step = entry.get('iter', entry['step'])
                 logged[step] = (entry['time'], entry['loss'])
             elif key in entry:
-                values[entry['step']] = entry[key]
+                # Where nothing but iterations is counted, mmpretrain logs epoch 0.
+                values[entry['step'] or max(logged, default=0)] = entry[key]
     before, steps = 0, []
     for step in sorted(logged):
         time, loss = logged[step]
