@@ -359,7 +359,10 @@ def model_hub(monkeypatch):
     pytest.importorskip('mmpretrain')
     from mmpretrain.apis import ModelHub
 
-    monkeypatch.setattr(ModelHub, '_models_dict', dict(ModelHub._models_dict))
+    # Without ours, which other tests may have registered.
+    ours = mdeq_mm.list_models()
+    theirs = {k: v for k, v in ModelHub._models_dict.items() if k not in ours}
+    monkeypatch.setattr(ModelHub, '_models_dict', theirs)
     return ModelHub
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS, METRICS, init_default_scope
+from mmengine.registry import HOOKS, METRICS, DefaultScope, init_default_scope
 from mmengine.visualization import Visualizer
 
 from mdeq_mm.registry import MODELS
@@ -47,6 +47,8 @@ def test_python(page, sandbox, monkeypatch):
     folder = sandbox(page)
     monkeypatch.chdir(folder.root)
     monkeypatch.syspath_prepend(folder.root)
+    # A reader's process has no scope yet.
+    monkeypatch.setattr(DefaultScope, '_instance_dict', {})
     module = MODULES.get(page)
     with registries_restored():
         for block in blocks(page):
