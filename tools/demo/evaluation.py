@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from mdeq_mm.utils.checkpoint import allow_runner_checkpoints
 from mdeq_mm.utils.saved_bytes import saved_bytes_per_image
 
 
@@ -31,6 +32,8 @@ class Trained:
         cfg.test_dataloader.dataset.data_root = str(training.data_root)
         cfg.load_from = find_latest_checkpoint(str(training.work_dir))
         cfg.log_level = logging.ERROR
+        # The original mmengine does not load them otherwise.
+        allow_runner_checkpoints()
         # mmengine prints where it loads from whatever the log level is, and the
         # toolboxes warn of hooks that draw nothing and of a second runner.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
