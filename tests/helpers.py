@@ -235,6 +235,35 @@ def project_classifier(**backbone):
     return classifier(golden['config'], state, **backbone)
 
 
+def write_project_classifier(folder, tol, **checkpoint):
+    """Write config and checkpoint of the classifier of the project's golden numbers.
+
+    Args:
+        folder (Path): Where to.
+        tol (float): Of its evaluation solver, which takes 30 evaluations at most.
+        **checkpoint: What the checkpoint holds beside its weights.
+
+    Returns:
+        tuple[Path, Path]: Config and checkpoint.
+    """
+    solver = dict(type='AndersonSolver', max_steps=30, tol=tol)
+    model = project_golden()['config']
+    model = model | dict(backbone=model['backbone'] | dict(eval_solver=solver))
+    config = folder / 'config.py'
+    config.write_text(
+        "default_scope = 'mmpretrain'\n"
+        "custom_imports = dict(imports=['mdeq_mm'], allow_failed_imports=False)\n"
+        f'model = {model!r}\n'
+        'data_preprocessor = dict(mean=[127.5] * 3, std=[60] * 3)\n'
+        "pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]\n"
+        "test_dataloader = dict(dataset=dict(type='ImageNet', pipeline=pipeline))\n"
+    )
+    path = folder / 'model.pth'
+    state = project_classifier().float().state_dict()
+    torch.save(dict(state_dict=state, **checkpoint), path)
+    return config, path
+
+
 @cache
 def official_golden():
     return torch.load(SHARED / 'golden' / 'golden_cls.pt', weights_only=True)

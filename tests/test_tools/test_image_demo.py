@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mdeq_mm.utils.inference import load_image, load_model
-from tests.helpers import ROOT, load_tool, project_classifier, project_golden
+from tests.helpers import ROOT, load_tool, write_project_classifier
 
 SCENES = str(ROOT / 'configs/demo/mdeq_1xb16-12e_digit-scenes-64x64.py')
 TOOL = 'tools/demo/image_demo.py'
@@ -36,22 +36,8 @@ def classifier(tmp_path_factory):
     """Config and checkpoint of a contractive classifier."""
     pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')
     folder = tmp_path_factory.mktemp('classifier')
-    solver = dict(type='AndersonSolver', max_steps=30, tol=1e-3)
-    model = project_golden()['config']
-    model = model | dict(backbone=model['backbone'] | dict(eval_solver=solver))
-    config = folder / 'config.py'
-    config.write_text(
-        "default_scope = 'mmpretrain'\n"
-        "custom_imports = dict(imports=['mdeq_mm'], allow_failed_imports=False)\n"
-        f'model = {model!r}\n'
-        'data_preprocessor = dict(mean=[127.5] * 3, std=[60] * 3)\n'
-        "pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]\n"
-        "test_dataloader = dict(dataset=dict(type='ImageNet', pipeline=pipeline))\n"
-    )
-    checkpoint = folder / 'model.pth'
     meta = dict(dataset_meta=dict(classes=('ant', 'bee', 'cat', 'dog')))
-    state = project_classifier().float().state_dict()
-    torch.save(dict(state_dict=state, meta=meta), checkpoint)
+    config, checkpoint = write_project_classifier(folder, 1e-3, meta=meta)
     return str(config), str(checkpoint)
 
 

@@ -5,11 +5,10 @@ import re
 import cv2
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')
 
-from tests.helpers import ROOT, load_tool, project_classifier, project_golden
+from tests.helpers import ROOT, load_tool, write_project_classifier
 
 TOOL = 'tools/demo/video_demo.py'
 SUMMARY = re.compile(
@@ -27,22 +26,8 @@ def tool():
 def model(tmp_path_factory):
     """Config and checkpoint of a contractive classifier."""
     folder = tmp_path_factory.mktemp('classifier')
-    solver = dict(type='AndersonSolver', max_steps=30, tol=1e-3)
-    cfg = project_golden()['config']
-    cfg = cfg | dict(backbone=cfg['backbone'] | dict(eval_solver=solver))
-    config = folder / 'config.py'
-    config.write_text(
-        "default_scope = 'mmpretrain'\n"
-        "custom_imports = dict(imports=['mdeq_mm'], allow_failed_imports=False)\n"
-        f'model = {cfg!r}\n'
-        'data_preprocessor = dict(mean=[127.5] * 3, std=[60] * 3)\n'
-        "pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]\n"
-        "test_dataloader = dict(dataset=dict(type='ImageNet', pipeline=pipeline))\n"
-    )
-    checkpoint = folder / 'model.pth'
-    state = project_classifier().float().state_dict()
     meta = dict(dataset_meta=dict(classes=('ant', 'bee', 'cat', 'dog')))
-    torch.save(dict(state_dict=state, meta=meta), checkpoint)
+    config, checkpoint = write_project_classifier(folder, 1e-3, meta=meta)
     return [str(config), str(checkpoint), '--device', 'cpu']
 
 

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')
 
-from tests.helpers import load_tool, project_classifier, project_golden
+from tests.helpers import load_tool, write_project_classifier
 
 
 @pytest.fixture(scope='module')
@@ -22,20 +21,7 @@ def tool():
 def case(tmp_path_factory):
     """A contractive classifier, its config, and frames of two sequences."""
     folder = tmp_path_factory.mktemp('warm')
-    solver = dict(type='AndersonSolver', max_steps=30, tol=1e-4)
-    model = project_golden()['config']
-    model = model | dict(backbone=model['backbone'] | dict(eval_solver=solver))
-    config = folder / 'config.py'
-    config.write_text(
-        "default_scope = 'mmpretrain'\n"
-        "custom_imports = dict(imports=['mdeq_mm'], allow_failed_imports=False)\n"
-        f'model = {model!r}\n'
-        'data_preprocessor = dict(mean=[127.5] * 3, std=[60] * 3)\n'
-        "pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]\n"
-        "test_dataloader = dict(dataset=dict(type='ImageNet', pipeline=pipeline))\n"
-    )
-    checkpoint = folder / 'model.pth'
-    torch.save(dict(state_dict=project_classifier().float().state_dict()), checkpoint)
+    config, checkpoint = write_project_classifier(folder, 1e-4)
     frames = folder / 'frames'
     frames.mkdir()
     rng = np.random.default_rng(0)

@@ -176,28 +176,23 @@ class Recipe:
         return [seed, *run.options, *self.args.cfg_options]
 
     def _train_command(self, run):
-        return [
-            'tools/train.py',
-            f'configs/{run.config}',
-            '--work-dir',
-            str(self._folder(run)),
-            '--data-root',
-            str(self.args.data_root),
-            '--resume',
-            *(['--amp'] if self.args.amp else []),
-            '--cfg-options',
-            *self._options(run),
-        ]
+        amp = ['--amp'] if self.args.amp else []
+        return self._tool('train', run, [], self._folder(run), ['--resume', *amp])
 
     def _test_command(self, run, checkpoint):
+        return self._tool('test', run, [str(checkpoint)], self._folder(run) / 'test')
+
+    def _tool(self, name, run, files, work_dir, flags=()):
+        """A call of tools/train.py or tools/test.py, as one would type it."""
         return [
-            'tools/test.py',
+            f'tools/{name}.py',
             f'configs/{run.config}',
-            str(checkpoint),
+            *files,
             '--work-dir',
-            str(self._folder(run) / 'test'),
+            str(work_dir),
             '--data-root',
             str(self.args.data_root),
+            *flags,
             '--cfg-options',
             *self._options(run),
         ]
@@ -209,7 +204,9 @@ class Recipe:
         self._call(run, command)
 
     def _call(self, run, command):
-        done = subprocess.run([sys.executable, *command], cwd=REPO)
+        tool, config, *rest = command
+        # Folders are the caller's, wherever that is; the files are the project's.
+        done = subprocess.run([sys.executable, REPO / tool, REPO / config, *rest])
         if done.returncode:
             sys.exit(
                 f'{run.label}: "python {" ".join(command)}" failed; after the cause is '
