@@ -149,6 +149,15 @@ def test_a_named_model_with_a_checkpoint(tool, images, tmp_path, capsys):
     assert re.search(r'1\.png: (class )?\d \d+\.\d %; .* 3 evaluations', line)
 
 
+def test_options_reach_the_published_weights(tool, images, capsys):
+    pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')
+    option = 'model.backbone.eval_solver.max_steps=2'
+    tool.main([str(images / '1.png'), 'mdeq-digits', '--device', 'cpu',
+               '--cfg-options', option])  # fmt: skip
+    said = capsys.readouterr()
+    assert '2 evaluations' in said.out and not said.err
+
+
 def test_options_of_the_config_are_taken(tool, classifier, images, capsys):
     options = [
         'model.backbone.eval_solver.max_steps=2',
@@ -222,11 +231,13 @@ def test_bad_files_are_refused(tool, classifier, images, tmp_path, monkeypatch):
             [images, str(tmp_path / 'absent.py')],
             r'config .*absent\.py.* does not exist',
         ),
-        ([images, 'mdeq-absent'], "'mdeq-absent' is no model of mdeq_mm"),
+        (
+            [images, 'mdeq-digit'],
+            'not exist. Did you mean mdeq-digit-sc.* or mdeq-digits',
+        ),
         ([images, config, str(tmp_path / 'absent.pth')], r'absent\.pth.* not exist'),
         ([images, str(plain)], 'has no test_dataloader'),
         ([images, 'mdeq-joint_1xb16-12e_digits'], 'is of joint training'),
-        ([images, 'mdeq-digits', '--cfg-options', 'model.a=1'], 'do not reach'),
         ([images, str(tmp_path / 'other.py')], 'is of neither toolbox'),
     ):
         with pytest.raises(SystemExit, match=words):

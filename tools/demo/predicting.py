@@ -9,14 +9,13 @@ from mmengine.config import Config
 from torch import nn
 
 sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
-from common import check_checkpoint_path, fail, merge_options, read_config
+from common import check_checkpoint_path, fail, find_weights, read_config
 from options import add_model_options, add_opacity, add_solver_options, check_options
 
 from mdeq_mm.implicit.layer import equilibrium_layers
 from mdeq_mm.models.implicit_models.equilibrium_report import annotate, recorded
 from mdeq_mm.utils.inference import load_model
 from mdeq_mm.utils.solver_settings import set_solver
-from mdeq_mm.zoo import get_config, get_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         'checkpoint',
         nargs='?',
-        help='checkpoint file (default: the weights of the named model; random ones '
-        'for a config file)',
+        help='checkpoint file (default: the published weights of a named model; random '
+        'ones where there are none)',
     )
     add_solver_options(parser)
     add_opacity(parser)
@@ -48,20 +47,12 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         check_checkpoint_path(args.checkpoint)
 
 
-def is_model_name(config: str) -> bool:
-    """Whether the argument is meant as the name of a model."""
-    return not osp.exists(config) and not config.endswith('.py')
-
-
 def read_model_config(args: argparse.Namespace) -> Config:
     """The config that the command line names, with its options.
 
     Nothing is built; what the demos cannot use ends the program with a sentence.
     """
-    if is_model_name(args.config):
-        cfg = _config_of_name(args)
-    else:
-        cfg = read_config(args.config, args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     if cfg.get('default_scope') not in ('mmpretrain', 'mmseg'):
         fail(
             f'{args.config!r} is of neither toolbox: it needs default_scope='
@@ -77,21 +68,6 @@ def read_model_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def _config_of_name(args: argparse.Namespace) -> Config:
-    try:
-        cfg = get_config(args.config)
-    except (OSError, ValueError) as error:
-        fail(f'{error}.')
-    options = args.cfg_options or {}
-    if args.checkpoint is None and any(k.split('.')[0] == 'model' for k in options):
-        fail(
-            '--cfg-options of model do not reach the weights of a named model: give '
-            'the files of its config and checkpoint.'
-        )
-    merge_options(cfg, options)
-    return cfg
-
-
 def build_model(args: argparse.Namespace, cfg: Config) -> nn.Module:
     """The model of the command line, in evaluation, with its solver set.
 
@@ -99,12 +75,10 @@ def build_model(args: argparse.Namespace, cfg: Config) -> nn.Module:
         ImportError | OSError | RuntimeError | ValueError: If the checkpoint cannot be
             used, or --max-steps or --tol is given and the model has no equilibrium.
     """
-    if args.checkpoint is None and is_model_name(args.config):
-        model = get_model(args.config, pretrained=True, device=args.device)
-    else:
-        model = load_model(cfg, args.checkpoint, args.device)
-        if args.checkpoint is None:
-            print('No checkpoint is given: the weights are random.', file=sys.stderr)
+    checkpoint = find_weights(args.config, args.checkpoint)
+    model = load_model(cfg, checkpoint, args.device)
+    if checkpoint is None:
+        print('No checkpoint is given: the weights are random.', file=sys.stderr)
     if args.max_steps is not None or args.tol is not None:
         set_solver(model, args.max_steps, args.tol)
     return model
