@@ -224,6 +224,9 @@ else
     install -r "$here/openmmlab.txt" "${extras[@]}"
 fi
 
+# By themselves they would bring another OpenCV over the one that is there.
+install --no-deps -r "$here/visualization.txt"
+
 step 'Installing mdeq_mm itself, editable'
 install --no-deps --no-build-isolation --editable .
 check_env
