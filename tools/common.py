@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import torch
+from misspelt import unknown_setting
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
@@ -262,6 +263,8 @@ def build_loops(runner: Runner, stages: Sequence[str]) -> None:
         try:
             getattr(runner, f'{stage}_loop')
         except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+            if said := unknown_setting(error, runner.cfg):
+                fail(f'the config cannot be used: {said}')
             if isinstance(error, TypeError) and _said_by_us(error) is None:
                 raise
             fail(f'the data set of {stage}_dataloader cannot be read: {error}')
@@ -399,23 +402,24 @@ def build_runner(cfg: Config) -> Runner:
     except (TypeError, ValueError) as error:
         # mmengine's registries wrap what a class raises. What this package says
         # about a config is a sentence for its user; anything else is a fault.
-        said = _said_by_us(error)
+        said = unknown_setting(error, cfg) or _said_by_us(error)
         if said is None:
             raise
         fail(f'the config cannot be used: {said}')
 
 
-def run(work: Callable[[], object]) -> object:
+def run(work: Callable[[], object], cfg: Config) -> object:
     """Run a loop of the runner.
 
     What this package refuses, such as data or a checkpoint to start from, ends it
-    with a sentence; anything else is a fault and keeps its traceback.
+    with a sentence, and so does a misspelt setting; anything else is a fault and keeps
+    its traceback.
     """
     try:
         return work()
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         # mmengine's registries wrap what a class raises.
-        said = _said_by_us(error)
+        said = unknown_setting(error, cfg) or _said_by_us(error)
         if said is None:
             raise
         fail(str(said))

@@ -202,7 +202,7 @@ def main() -> None:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
 
     guard_checkpoints(runner)
-    metrics = run(runner.test)
+    metrics = run(runner.test, cfg)
     if stores_file and args.out_item == 'metrics' and runner.rank == 0:
         mmengine.dump(metrics, args.out)
     del runner

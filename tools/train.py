@@ -19,6 +19,7 @@ from common import (
     set_dataloader_defaults,
     set_launcher,
 )
+from misspelt import unknown_in_checkpoint_hook
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import OPTIM_WRAPPERS
@@ -144,6 +145,8 @@ def main() -> None:
     # Not every config carries the hook that does this too.
     allow_runner_checkpoints()
     runner = build_runner(cfg)
+    if said := unknown_in_checkpoint_hook(runner):
+        fail(f'the config cannot be used: {said}')
     stages = ['train'] if cfg.get('val_cfg') is None else ['train', 'val']
     check_data_roots(cfg, [f'{stage}_dataloader' for stage in stages])
     build_loops(runner, stages)
@@ -154,7 +157,7 @@ def main() -> None:
         check_checkpoint_sound(runner, cfg.load_from)
 
     guard_checkpoints(runner)
-    run(runner.train)
+    run(runner.train, cfg)
     del runner
     close_process_group()
 
