@@ -1,6 +1,7 @@
 """The metafiles: what they say is true, and everyone who reads them can."""
 
 import hashlib
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,9 @@ INDEX = ROOT / 'model-index.yml'
 METAFILES = {path: load(ROOT / path) for path in load(INDEX)['Import']}
 MODELS = [model for metafile in METAFILES.values() for model in metafile['Models']]
 CONFIGS = sorted(p for p in ROOT.glob('configs/*/*.py') if p.parent.name != '_base_')
+
+#: What the logs call the metrics.
+LOGGED = {'Top 1 Accuracy': 'accuracy/top1', 'mIoU': 'mIoU', 'aAcc': 'aAcc'}
 
 TASKS = ('Image Classification', 'Semantic Segmentation')
 METRICS = {'Top 1 Accuracy', 'Top 5 Accuracy', 'mIoU', 'aAcc'}
@@ -130,6 +134,26 @@ def test_results_say_where_they_come_from(model):
         assert meta['Training Resources']
         # A log, or the page that has the measurement.
         assert (ROOT / model.get('Training log', meta.get('Source', '?'))).is_file()
+
+
+@pytest.mark.parametrize(
+    'model', [m for m in MODELS if 'Training log' in m], ids=lambda m: m['Name']
+)
+def test_results_are_the_last_of_the_log(model):
+    lines = (ROOT / model['Training log']).read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    meta = model['Metadata']
+    if 'Epochs' in meta:
+        assert max(e['epoch'] for e in entries if 'loss' in e) == meta['Epochs']
+    else:
+        assert max(e['iter'] for e in entries if 'loss' in e) == meta['Iterations']
+    for result in model['Results']:
+        for metric, value in result['Metrics'].items():
+            key = LOGGED[metric]
+            # The test of what was best on the validation images, if there is one.
+            test = [e[f'test/{key}'] for e in entries if f'test/{key}' in e]
+            found = test or [e[key] for e in entries if key in e]
+            assert f'{found[-1]:.2f}' == f'{value:.2f}', metric
 
 
 @pytest.mark.parametrize(

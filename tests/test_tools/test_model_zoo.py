@@ -136,7 +136,8 @@ class TestPage:
             '| [README.md](../README.md) | `a-12345678.pth` |'
         )
         model['Training log'] = 'configs/a.log'
-        assert '| [log](../configs/a.log) |' in zoo.details(model)
+        both = '| [log](../configs/a.log), [README.md](../README.md) |'
+        assert both in zoo.details(model)
 
 
 class TestTool:

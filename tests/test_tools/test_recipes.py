@@ -64,7 +64,9 @@ def test_cifar10(tmp_path):
         assert result['iterations'] == 2 and len(result['losses']) == 2
         assert 0 <= result['test accuracy, %'] <= 100
         assert result['checkpoint'] == 'iter_2.pth'
-        assert Path(result['log']).is_file()
+        logged = [json.loads(line) for line in Path(result['log']).open()]
+        assert [e.get('iter') for e in logged] == [1, 2, None]
+        assert logged[-1]['accuracy/top1'] == result['test accuracy, %']
         assert (
             f'| {label} | {parameters[label] / 1e6:.2f} |'
             in (out / 'results.md').read_text()
@@ -103,8 +105,13 @@ def test_camvid(tmp_path):
         tested = (
             out / label.lower() / 'test' / f'{Path(result["checkpoint"]).stem}.json'
         )
-        found = json.loads(tested.read_text())['mIoU']
-        assert result['test mIoU, %'] == found
+        found = json.loads(tested.read_text())
+        assert result['test mIoU, %'] == found['mIoU']
+        logged = [json.loads(line) for line in Path(result['log']).open()]
+        step = int(tested.stem.rpartition('_')[2])
+        assert logged[-1].pop('step') == step
+        assert logged[-1] == {f'test/{key}': value for key, value in found.items()}
+        assert [e['step'] for e in logged[:-1] if 'mIoU' in e] == [1, 2]
         assert [step for step, _ in result['curve']] == [1, 2]
 
 

@@ -359,7 +359,9 @@ def details(model):
     """A model's line of the table of trainings."""
     meta = model['Metadata']
     command = meta.get('Command', f'python tools/train.py {model["Config"]}')
-    log = model.get('Training log')
+    sources = dict(log=model.get('Training log'))
+    if 'Source' in meta:
+        sources[meta['Source']] = meta['Source']
     weights = model.get('Weights')
     cells = [
         model['Name'],
@@ -367,7 +369,7 @@ def details(model):
         f'`{command}`' + (f' ({meta["Remark"]})' if 'Remark' in meta else ''),
         meta.get('Training Resources', '–'),
         str(meta.get('Training Time', '–')),
-        f'[log](../{log})' if log else f'[{meta["Source"]}](../{meta["Source"]})',
+        ', '.join(f'[{name}](../{path})' for name, path in sources.items() if path),
         f'`{Path(weights).name}`' if weights else '–',
     ]
     return f'| {" | ".join(cells)} |'

@@ -217,10 +217,8 @@ class Recipe:
         folder = self._folder(run)
         steps, curve = read_log(folder, self.metric.key)
         checkpoint = self._checkpoint(folder)
-        if self.test:
-            value = self._tested(run, checkpoint)
-        else:
-            value = curve[-1][1]
+        tested = self._tested(run, checkpoint) if self.test else {}
+        value = tested[self.metric.key] if self.test else curve[-1][1]
         weights = read_checkpoint(str(checkpoint))['state_dict']
         buffers = ('running_mean', 'running_var', 'num_batches_tracked')
         return {
@@ -232,11 +230,22 @@ class Recipe:
             'seconds': sum(seconds for _, seconds, _ in steps),
             'iterations': steps[-1][0] if steps else 0,
             'checkpoint': checkpoint.name,
-            'log': str(max(folder.glob('*/*.log'))),
+            'log': self._write_log(run, checkpoint, tested),
             'command': self._command(run),
             'losses': [(step, loss) for step, _, loss in steps],
             'curve': curve,
         }
+
+    def _write_log(self, run, checkpoint, tested):
+        """Put what the runs of a training logged into one file, with the test."""
+        path = self.args.work_dir / f'{run.label.lower()}.json'
+        text = ''.join(p.read_text() for p in scalars(self._folder(run)))
+        if tested:
+            line = {f'test/{key}': value for key, value in tested.items()}
+            line['step'] = int(checkpoint.stem.rpartition('_')[2])
+            text += f'{json.dumps(line)}\n'
+        path.write_text(text)
+        return str(path)
 
     def _checkpoint(self, folder):
         best = sorted(folder.glob('best_*.pth'))
@@ -250,7 +259,7 @@ class Recipe:
             self._call(run, self._test_command(run, checkpoint))
             (found,) = set(known.parent.glob('*/*.json')) - before
             known.write_text(found.read_text())
-        return json.loads(known.read_text())[self.metric.key]
+        return json.loads(known.read_text())
 
     def _table(self, results):
         name = f'test {self.metric.name}'
@@ -295,6 +304,11 @@ class Recipe:
         plt.close(fig)
 
 
+def scalars(folder):
+    """The files of what the runs in a work dir logged, the oldest first."""
+    return sorted(folder.glob('*/vis_data/scalars.json'))
+
+
 def read_log(folder, key):
     """What the runs in a work dir logged, a later one winning over an earlier.
 
@@ -304,7 +318,7 @@ def read_log(folder, key):
         metric.
     """
     logged, values = {}, {}
-    for path in sorted(folder.glob('*/vis_data/scalars.json')):
+    for path in scalars(folder):
         for line in path.read_text().splitlines():
             entry = json.loads(line)
             if 'loss' in entry:
