@@ -1,5 +1,6 @@
 """Checks of data sets before hours are spent on them, and stand-ins for the bad."""
 
+from .classes import check_class_order
 from .datasets import check_dataset, examine, leaves
 from .findings import Findings, Problem
 from .heads import check_outputs, check_windows, expected_labels
@@ -12,6 +13,7 @@ __all__ = [
     'Findings',
     'Problem',
     'SampleCheck',
+    'check_class_order',
     'check_dataset',
     'check_image',
     'check_outputs',
