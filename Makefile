@@ -28,8 +28,8 @@ help: ## List the targets
 
 setup: $(STAMP) ## Set up the environment (.venv, or .venv-openmmlab)
 	@echo 'Ready: $(ENV) (stack $(STACK), $(shell $(RUN) --version 2>&1)).'
-	@echo 'Next: make demo$(OPTIONS), make test$(OPTIONS),' \
-	    'or $(RUN) tools/train.py CONFIG'
+	@echo 'Next: make demo$(OPTIONS), make test$(OPTIONS), or source $(ENV)/bin/activate,' \
+	    'which makes its python yours.'
 
 demo: $(STAMP) ## Train MDEQs and their peers on handwritten digits, and compare
 	@$(RUN) tools/demo/digits_demo.py $(ARGS)
@@ -69,7 +69,7 @@ ifneq ($(shell cat '$(STAMP)' 2>/dev/null),$(CURDIR))
 $(STAMP): FORCE
 endif
 
-$(STAMP): $(wildcard requirements/*.txt) setup.py
+$(STAMP): $(wildcard requirements/*) setup.py
 	@bash requirements/install.sh '$(STACK)' '$(ENV)' '$(PYTHON)'
 
 FORCE:

@@ -117,16 +117,20 @@ install() {
     [[ $status -eq 0 ]] || fail_with_log "pip could not install"
 }
 
+# Line by line: some awks keep what comes through a pipe until there is more of it.
 show_downloads() {
-    awk '/^ *(Downloading|Using cached) [^ ]+ \([0-9.]+ [MG]B\)/ {
-             verb = $1 == "Using" ? "Using cached" : $1
-             file = $(NF - 2); sub(/\.(whl|tar\.gz|zip)$/, "", file)
-             split(file, part, "-")
-             print "    " verb, part[1], part[2], $(NF - 1), $NF; fflush()
-         }
-         /^ *Installing collected packages:/ && NF > 4 {
-             print "    Unpacking " NF - 3 " packages"; fflush()
-         }'
+    local line file name version large='^ *(Downloading|Using cached) ([^ ]+) \(([0-9.]+ [MG]B)\)'
+    local packages='^ *Installing collected packages: (.*)'
+    while IFS= read -r line; do
+        if [[ $line =~ $large ]]; then
+            file=${BASH_REMATCH[2]##*/}
+            IFS=- read -r name version _ <<<"${file%.tar.gz}"
+            say "    ${BASH_REMATCH[1]} $name $version (${BASH_REMATCH[3]})"
+        elif [[ $line =~ $packages && ${BASH_REMATCH[1]} == *,* ]]; then
+            file=${BASH_REMATCH[1]//[^,]/}
+            say "    Unpacking $((${#file} + 1)) packages (a minute or more if they are many)"
+        fi
+    done
 }
 
 fail_with_log() {
@@ -173,12 +177,13 @@ print(f"cp{sys.version_info[0]}{sys.version_info[1]}-torch{torch.__version__}"
 }
 
 show_compiling() {
-    awk '/^ *\[[0-9]+\/[0-9]+\]/ {
-             split($1, part, /[][\/]/)
-             if (part[2] % 10 == 0 || part[2] == part[3]) {
-                 print "    " part[2] " of " part[3] " files compiled"; fflush()
-             }
-         }'
+    local line compiled='^ *\[([0-9]+)/([0-9]+)\]'
+    while IFS= read -r line; do
+        if [[ $line =~ $compiled ]] &&
+            ((BASH_REMATCH[1] % 10 == 0 || BASH_REMATCH[1] == BASH_REMATCH[2])); then
+            say "    ${BASH_REMATCH[1]} of ${BASH_REMATCH[2]} files compiled"
+        fi
+    done
 }
 
 check_compiler() {
@@ -225,9 +230,12 @@ else
 fi
 
 # By themselves they would bring another OpenCV over the one that is there.
+step 'Installing what draws activation maps'
 install --no-deps -r "$here/visualization.txt"
 
 step 'Installing mdeq_mm itself, editable'
-install --no-deps --no-build-isolation --editable .
+# Found by its path: from the folder that holds a checkout of the same name, Python
+# would take that for the package otherwise.
+install --no-deps --no-build-isolation --editable . --config-settings editable_mode=compat
 check_env
 pwd >"$stamp"

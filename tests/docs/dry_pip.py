@@ -17,6 +17,9 @@ def check(arguments):
             file = next(words)
             if not Path(file).is_file():
                 sys.exit(f'there is no file {file}')
+        elif word == '--config-settings':
+            if next(words) != 'editable_mode=compat':
+                sys.exit(f'setuptools knows no {word} of this kind')
         elif word.startswith('-') and word not in (
             *('-e', '--no-deps', '--no-build-isolation'),
         ):
