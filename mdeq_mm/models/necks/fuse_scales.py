@@ -172,7 +172,8 @@ class MDEQFuseScales(BaseModule):
         if len(inputs) != len(self.bottlenecks):
             raise ValueError(
                 f'MDEQFuseScales got {len(inputs)} maps for {len(self.bottlenecks)} '
-                "in_channels: set the backbone's out_indices to as many branches"
+                'in_channels: give in_channels and head_channels an entry for each '
+                'branch that the backbone returns, or set its out_indices to as many'
             )
         if self.with_cp and self.training and torch.is_grad_enabled():
             return (recompute(self, self._fuse, *inputs),)
