@@ -347,8 +347,10 @@ class TestPublish:
 
     def test_elsewhere(self, publishing, trained, tmp_path, capsys, repo_root):
         """A model of one's own, by its config file; nothing else is written."""
-        config = repo_root / 'configs' / 'demo' / 'mdeq_1xb64-30e_digits.py'
-        metafile = config.with_name('metafile.yml').read_text()
+        base = repo_root / 'configs' / 'demo' / 'mdeq_1xb64-30e_digits.py'
+        metafile = base.with_name('metafile.yml').read_text()
+        config = tmp_path / 'my_config.py'
+        config.write_text(f'_base_ = {str(base)!r}\n')
         target = tmp_path / 'mine.pth'
         publishing.main([str(config), str(trained), '--out', str(target)])
         (path,) = tmp_path.glob('mine-*.pth')
@@ -360,7 +362,7 @@ class TestPublish:
         assert found['meta']['dataset_meta'] == dict(classes=list('0123456789'))
         for key, value in expected.items():
             assert torch.equal(found['state_dict'][key], value)
-        assert config.with_name('metafile.yml').read_text() == metafile
+        assert base.with_name('metafile.yml').read_text() == metafile
 
     @pytest.mark.parametrize(
         'name, source, message',

@@ -74,11 +74,11 @@ def halved(state):
     return half
 
 
-def content_of(name, checkpoint, half):
+def content_of(entry, checkpoint, half):
     """What is published of a checkpoint.
 
     Args:
-        name (str): Of the model.
+        entry (Entry): The model.
         checkpoint (dict): The whole of it.
         half (bool): Whether weights are kept in half precision.
 
@@ -93,8 +93,10 @@ def content_of(name, checkpoint, half):
         state_dict=halved(state) if half else state,
         meta=dict(
             # A state dict alone says nothing of its classes.
-            dataset_meta=plain(dataset_meta(get_config(name)) | dict(found or {})),
-            model=name,
+            dataset_meta=plain(
+                dataset_meta(get_config(entry.config)) | dict(found or {})
+            ),
+            model=entry.name,
             mdeq_mm_version=__version__,
         ),
     )
@@ -110,7 +112,7 @@ def data_of(entry, source, half):
     """
     buffer = io.BytesIO()
     # To memory: in a file its own name would be part of the content.
-    torch.save(content_of(entry.name, read_checkpoint(str(source)), half), buffer)
+    torch.save(content_of(entry, read_checkpoint(str(source)), half), buffer)
     return buffer.getvalue()
 
 
