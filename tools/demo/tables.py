@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 
@@ -39,8 +40,13 @@ class Results:
 
     def rich(self):
         """rich.table.Table: For the terminal."""
+        # Without lines between the columns, which would not fit into 80 characters.
         table = Table(
-            title=self.title, caption=self.note, title_style='', caption_style='dim'
+            title=self.title,
+            caption=self.note,
+            title_style='',
+            caption_style='dim',
+            box=SIMPLE_HEAD,
         )
         table.add_column('model')
         for name in self.columns:

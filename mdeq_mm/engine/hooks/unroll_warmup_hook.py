@@ -141,7 +141,10 @@ class UnrollWarmupHook(Hook):
                 f'until {unit} {self.end}{early}.'
             )
         elif self._unrolled:
-            runner.logger.info(
-                f'Training at the equilibrium from iteration {runner.iter} on.'
+            # In the unit of the line before, if it came as announced.
+            by_epoch = self.by_epoch and self._settled is None
+            when = (
+                f'epoch {runner.epoch + 1}' if by_epoch else f'iteration {runner.iter}'
             )
+            runner.logger.info(f'Training at the equilibrium from {when} on.')
         self._unrolled = unrolled

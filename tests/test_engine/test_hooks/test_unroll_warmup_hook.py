@@ -65,6 +65,7 @@ def test_by_epoch(make_runner):
     assert unrolled(watch.train) == {0: 1, 1: 1, 2: 1, 3: 1, 4: 0, 5: 0}
     assert unrolled(watch.val) == {2: True, 4: True, 6: False}
     assert any('until epoch 2.' in text for text in texts)
+    assert 'Training at the equilibrium from epoch 3 on.' in texts
 
 
 def test_never(make_runner):
