@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import sys
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -64,7 +65,12 @@ def load_tool(path):
     path = ROOT / path
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # What it imports from beside itself, as a script does.
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
     return module
 
 

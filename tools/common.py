@@ -1,6 +1,7 @@
 """What train.py and test.py share: reading, checking and completing a config."""
 
 import argparse
+import difflib
 import gc
 import inspect
 import logging
@@ -20,7 +21,7 @@ from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.registry import DATASETS, RUNNERS
+from mmengine.registry import DATASETS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 import mdeq_mm
@@ -145,7 +146,7 @@ def read_config(path: str, options: dict | None = None) -> Config:
             f'the config {path!r} imports a module that cannot be imported '
             f'({error.__cause__ or error}); install it in this environment.'
         )
-    except (OSError, SyntaxError, ValueError) as error:
+    except (KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
         fail(f'the config {path!r} cannot be read: {error}')
     merge_options(cfg, options)
     return cfg
@@ -155,10 +156,23 @@ def merge_options(cfg: Config, options: dict | None) -> None:
     """Merge --cfg-options into a config."""
     if options is None:
         return
+    for option in options:
+        _check_known(option.split('.')[0], cfg)
     try:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError) as error:
         fail(f'--cfg-options does not fit {cfg.filename!r}: {error}')
+
+
+def _check_known(key: str, cfg: Config) -> None:
+    """Refuse a key that looks like one of the config, which would have no effect."""
+    known = {*cfg, *inspect.signature(Runner).parameters}
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    if key not in known and close:
+        fail(
+            f'--cfg-options: {key!r} is no key of {cfg.filename!r}; did you mean '
+            f'{close[0]!r}?'
+        )
 
 
 def iter_datasets(cfg: Config, fields: Sequence[str]) -> Iterator[tuple[str, dict]]:
@@ -213,6 +227,8 @@ def check_data_roots(cfg: Config, fields: Sequence[str]) -> None:
 
     Remote folders, and data sets that download themselves, are left alone.
     """
+    # The runner does it later, after it has said much else.
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     for path, dataset in iter_datasets(cfg, fields):
         root = dataset.get('data_root')
         if root and is_remote(root):

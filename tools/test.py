@@ -32,7 +32,7 @@ SUFFIXES = {'pred': ('.pkl', '.pickle'), 'metrics': ('.json', '.yaml', '.yml', '
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or the name of a model')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
         '--work-dir',
@@ -193,8 +193,8 @@ def main() -> None:
 
     # Not every config carries the hook that does this too.
     allow_runner_checkpoints()
-    runner = build_runner(cfg)
     check_data_roots(cfg, DATALOADERS)
+    runner = build_runner(cfg)
     build_loops(runner, ['test'])
     check_checkpoint_fits(runner, args.checkpoint)
     stores_file = args.out is not None and not writes_label_images(args, cfg)

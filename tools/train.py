@@ -33,7 +33,7 @@ DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or the name of a model')
     parser.add_argument(
         '--work-dir',
         metavar='DIR',
@@ -144,11 +144,11 @@ def main() -> None:
 
     # Not every config carries the hook that does this too.
     allow_runner_checkpoints()
+    stages = ['train'] if cfg.get('val_cfg') is None else ['train', 'val']
+    check_data_roots(cfg, [f'{stage}_dataloader' for stage in stages])
     runner = build_runner(cfg)
     if said := unknown_in_checkpoint_hook(runner):
         fail(f'the config cannot be used: {said}')
-    stages = ['train'] if cfg.get('val_cfg') is None else ['train', 'val']
-    check_data_roots(cfg, [f'{stage}_dataloader' for stage in stages])
     build_loops(runner, stages)
     resumed = find_resumed(cfg)
     if resumed is not None:

@@ -41,6 +41,25 @@ def test_nothing_alike(common):
         common.read_config('zzz')
 
 
+def test_a_key_of_no_effect(common):
+    with pytest.raises(SystemExit, match=r"'train_cgf' is no key .*'train_cfg'\?$"):
+        common.read_config('mdeq-digits', {'train_cgf.max_epochs': 1})
+    # What looks like nothing that is known may be a config's own.
+    assert common.read_config('mdeq-digits', {'my_own': 1}).my_own == 1
+
+
+def test_a_dict_in_place_of_a_name(common, repo_root, tmp_path):
+    """mmengine's own sentence, without a traceback."""
+    path = tmp_path / 'config.py'
+    base = repo_root / 'configs/imagenet/mdeq-small_4xb32-100e_in1k.py'
+    path.write_text(
+        f'_base_ = {str(base)!r}\n'
+        'model = dict(backbone=dict(arch=dict(channels=(8, 16, 32))))\n'
+    )
+    with pytest.raises(SystemExit, match=r'cannot be read: .*_delete_=True'):
+        common.read_config(str(path))
+
+
 def test_weights_of_a_name(common, repo_root):
     weights = common.find_weights('mdeq-digits', None)
     assert weights.startswith('mdeq_mm://configs/demo/checkpoints/mdeq_1xb64-30e_')

@@ -67,9 +67,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('config', help='config file of a classifier or segmentor')
-    add('checkpoint', nargs='?', help='checkpoint file (default: random weights, for '
-        'sizes and times)')  # fmt: skip
+    add('config', help='config file of a classifier or segmentor, or the name of a '
+        'model')  # fmt: skip
+    add('checkpoint', nargs='?', help='checkpoint file (default: the published weights '
+        'of a named model; random ones where there are none, for sizes and times)',
+    )  # fmt: skip
     add('--out', required=True, metavar='FILE', help='what to write: .onnx or .pt2')
     add('--format', choices=list(SUFFIXES), help='onnx, or torch for torch.export '
         '(default: as FILE ends)')  # fmt: skip
