@@ -95,8 +95,13 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default='none',
         help='job launcher (see dist_train.sh and slurm_train.sh)',
     )
-    # Old versions of torch.distributed.launch pass it on.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    parser.add_argument(
+        '--local_rank',
+        '--local-rank',
+        type=int,
+        default=0,
+        help='what old versions of torch.distributed.launch pass on',
+    )
 
 
 def load_config(args: argparse.Namespace) -> Config:

@@ -21,7 +21,9 @@ def add_config_options(
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add --device and --cfg-options."""
-    parser.add_argument('--device', help='such as cpu or cuda:0')
+    parser.add_argument(
+        '--device', help='such as cpu or cuda:0 (default: a GPU where there is one)'
+    )
     add_config_options(parser)
 
 

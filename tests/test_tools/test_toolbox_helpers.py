@@ -227,6 +227,9 @@ class TestGetFlops:
             ([dict(type='RandomCrop', crop_size=(512, 1024))], (512, 1024)),
             # Limits of a random size, and a size that a crop follows.
             ([dict(type='RandomResize', scale=(240, 180))], None),
+            # A width and a height, or only their limits.
+            ([dict(type='Resize', scale=(40, 30))], (30, 40)),
+            ([dict(type='Resize', scale=(40, 30), keep_ratio=True)], None),
             ([dict(type='Resize', scale=32), dict(type='RandomCrop', crop_size=28)],
              (28, 28)),
         ],

@@ -82,11 +82,14 @@ def training_size(cfg):
             if not kind.endswith(('Crop', 'Resize')):
                 continue
             size = step.get('crop_size', step.get('scale'))
-            # What Resize calls scale is a width and a height, or only their limits.
             if isinstance(size, int):
                 sizes.append((size, size))
             elif size is not None and kind.endswith('Crop'):
                 sizes.append(tuple(size))
+            elif size is not None and kind.rpartition('.')[2] == 'Resize':
+                # A width and a height, or only their limits.
+                if not step.get('keep_ratio'):
+                    sizes.append(tuple(size)[::-1])
     return sizes[-1] if sizes else None
 
 
