@@ -92,7 +92,8 @@ def test_checkpoints_fail_before_the_training(repo_root, tmp_path):
     """mmengine passes the setting on, and stops at the first checkpoint."""
     command = [
         sys.executable, 'tools/train.py', 'mdeq-digits', '--work-dir', str(tmp_path),
-        '--cfg-options', 'default_hooks.checkpoint.intervall=2',
+        '--data-root', str(tmp_path), '--cfg-options',
+        'default_hooks.checkpoint.intervall=2',
     ]  # fmt: skip
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
     assert done.returncode == 1
