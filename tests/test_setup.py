@@ -169,6 +169,14 @@ class TestPackage:
                 'tools/train.py', 'setup.py', 'LICENSE', 'CHANGELOG.md',
                 'CITATION.cff', 'model-index.yml'} <= names  # fmt: skip
         assert not any('cache' in name for name in names)
+        # Weights and logs too, which the metafiles name.
+        shipped = {
+            path.relative_to(copy).as_posix()
+            for path in (copy / 'configs').rglob('*')
+            if path.is_file() and 'cache' not in str(path.relative_to(copy))
+        }
+        assert any(path.endswith('.json') for path in shipped)
+        assert shipped <= names
 
 
 @pytest.mark.skipif(not shutil.which('make'), reason='make is not installed')
