@@ -61,10 +61,18 @@ class EquilibriumLayer(nn.Module):
         jacobian_seed (int | None): Of the probes; None takes PyTorch's state.
 
     Example:
-        >>> layer = EquilibriumLayer(f, dict(type='AndersonSolver'),
-        ...                          dict(type='ImplicitGradient'))
-        >>> (z,) = layer([torch.zeros(2, 8, 16, 16)], injection)
-        >>> print(layer.last_solution)
+        >>> import torch
+        >>> from mdeq_mm.implicit import EquilibriumLayer
+        >>> class Halve(torch.nn.Module):
+        ...     def forward(self, maps, x):
+        ...         return [maps[0] / 2 + x]
+        >>> layer = EquilibriumLayer(
+        ...     Halve(),
+        ...     solver=dict(type='AndersonSolver', max_steps=20, tol=1e-6),
+        ...     gradient=dict(type='ImplicitGradient'))
+        >>> (z,) = layer([torch.zeros(2, 8, 4, 4)], torch.ones(2, 8, 4, 4))
+        >>> round(z.mean().item(), 4)
+        2.0
     """
 
     def __init__(self, f, solver, gradient, eval_solver=None, recompute=False):

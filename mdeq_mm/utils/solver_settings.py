@@ -58,9 +58,14 @@ def set_solver(model, max_steps=None, tol=None):
             equilibrium, or it is unrolled and does not solve at all.
 
     Example:
-        >>> set_solver(model, max_steps=12)  # from here on
-        >>> with set_solver(model, max_steps=4, tol=1e-2):
-        ...     fast = model.test_step(batch)
+        >>> import mdeq_mm
+        >>> model = mdeq_mm.get_model('mdeq-digits', device='cpu')
+        >>> setting = mdeq_mm.set_solver(model, max_steps=12)  # from here on
+        >>> with mdeq_mm.set_solver(model, max_steps=4, tol=1e-2):
+        ...     model.backbone.equilibrium.eval_solver.max_steps
+        4
+        >>> model.backbone.equilibrium.eval_solver.max_steps
+        12
     """
     if max_steps is not None:
         check_int('max_steps', max_steps, 1)

@@ -34,6 +34,7 @@ class SolverScheduleHook(Hook):
         ValueError: If their order is wrong, or a setting is unknown or unfit.
 
     Example:
+        >>> from mdeq_mm.engine import SolverScheduleHook
         >>> hook = SolverScheduleHook([
         ...     dict(begin=0, solver=dict(max_steps=5)),
         ...     dict(begin=50, solver=dict(max_steps=8, tol=1e-3)),
