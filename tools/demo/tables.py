@@ -47,10 +47,12 @@ class Results:
             title_style='',
             caption_style='dim',
             box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
         table.add_column('model')
         for name in self.columns:
-            table.add_column(name, justify='right')
+            longest = max(map(len, name.split()))
+            table.add_column(name, justify='right', min_width=longest)
         for label in self.rows:
             table.add_row(label, *self.cells(label))
         return table
