@@ -112,7 +112,7 @@ def main(argv=None):
     console = Console(soft_wrap=True)
     begin = time.monotonic()
     console.print(
-        'About 8 minutes on two idle CPU cores, 12 on one. If it is stopped, the same '
+        'About 12 minutes on one CPU core, less on two. If it is stopped, the same '
         'command goes on where it was.'
     )
     write_data(console, args)
