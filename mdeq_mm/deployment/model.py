@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate, softmax
 
-from ..implicit import FunctionalModule, StateSpec
+from ..implicit import StateSpec
+from ..implicit.functional import frozen
 from ..implicit.layer import equilibrium_layers
 from ..models.backbones.mdeq import MDEQ
-from ..models.layers import MultiscaleFunction
 from .iteration import FixedIteration, fixed_solver
 
 
@@ -27,7 +27,7 @@ class FixedStepMDEQ(nn.Module):
         super().__init__()
         arch = backbone.arch
         self.stem, self.injection = backbone.stem, backbone.injection
-        self.f = plain_function(backbone)
+        self.f = frozen(backbone.equilibrium.f)
         self.channels, self.out_indices = arch.channels, backbone.out_indices
         self.iteration = FixedIteration(solver, precision)
         self.eval()
@@ -69,32 +69,6 @@ class FixedStepMDEQ(nn.Module):
             shapes.append((channels, height, width))
             height, width = -(-height // 2), -(-width // 2)
         return StateSpec(tuple(shapes))
-
-
-def plain_function(backbone):
-    """The f of a backbone with its normalised weights as plain ones.
-
-    Args:
-        backbone (MDEQ): Stays as it is.
-
-    Returns:
-        MultiscaleFunction: Frozen; it computes the same.
-    """
-    arch, f = backbone.arch, backbone.equilibrium.f
-    plain = MultiscaleFunction(
-        arch.channels,
-        arch.num_blocks,
-        arch.num_groups,
-        arch.expansion,
-        arch.post_gn_affine,
-        weight_norm=False,
-    )
-    function = FunctionalModule(f)
-    with torch.no_grad():
-        weights = function.tensors(f)
-    state = {n: w.detach() for n, w in zip(function.names, weights, strict=True)}
-    plain.load_state_dict(state, assign=True)
-    return plain.eval().requires_grad_(False)
 
 
 class DeployableModel(nn.Module):

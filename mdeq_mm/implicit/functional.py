@@ -1,89 +1,113 @@
 """A module's forward pass as a pure function of its tensors."""
 
-import copy
-
 import torch
-from torch import nn
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
 
-#: Norms over the batch, with or without running statistics, and random layers.
-_IMPURE = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RReLU)
+from .views import view_of
+
+#: Norms over the batch, and random layers.
+_NORMS = nn.modules.batchnorm._BatchNorm
+_RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
+
+
+def check_pure(module):
+    """Refuse a module that is not one fixed function of each sample.
+
+    Args:
+        module (nn.Module): f.
+
+    Raises:
+        ValueError: If a submodule keeps running statistics, normalises over the
+            batch or draws random numbers. In evaluation mode, random layers and
+            norms with statistics are fixed.
+    """
+    for name, part in module.named_modules():
+        tracked = getattr(part, 'running_mean', None) is not None
+        changes = part.training and (tracked or isinstance(part, _RANDOM))
+        if changes or (isinstance(part, _NORMS) and not tracked):
+            raise ValueError(
+                f'f contains {name or "itself"}={type(part).__name__}, which '
+                'changes from call to call or mixes samples, but f must be one '
+                'fixed function of each sample during a solve: use group norm, '
+                'and draw dropout masks outside'
+            )
 
 
 class FunctionalModule:
-    """Separates what a module computes from the tensors it computes with.
+    """A module as it is now, apart from the tensors that it computes with.
 
     During a solve f must be one fixed function. Parametrised tensors, such as
-    normalised weights, are therefore evaluated once, by :meth:`tensors`, with
-    gradients as usual, and the results are handed to every evaluation of
-    :meth:`__call__`. (``parametrize.cached()`` would not do: first read inside a
-    solve, where gradients are off, it yields weights without gradient.)
+    normalised weights, are therefore evaluated once, here, with gradients as usual,
+    and the results are handed to every evaluation. (``parametrize.cached()`` would
+    not do: first read inside a solve, where gradients are off, it yields weights
+    without gradient.)
 
-    The forward pass runs on a skeleton of the module: a copy without
-    parametrisations, on the meta device, so that it holds no memory.
+    Evaluations run on a view of the module (see :func:`view_of`), so that several
+    threads may use one module, each with a ``FunctionalModule`` of its own.
 
     Args:
         module (nn.Module): The module. It must be free of state that changes
             from call to call, because a solve calls it many times.
 
+    Attributes:
+        names (tuple[str, ...]): Of the tensors, in the module.
+        tensors (tuple[Tensor, ...]): All that the forward pass reads,
+            differentiable with respect to the module's parameters.
+
     Raises:
-        ValueError: If a submodule keeps running statistics, normalises over the
-            batch or draws random numbers.
+        ValueError: See :func:`check_pure`.
     """
 
     def __init__(self, module):
-        for name, part in module.named_modules():
-            if (
-                isinstance(part, _IMPURE)
-                or getattr(part, 'running_mean', None) is not None
-            ):
-                raise ValueError(
-                    f'f contains {name or "itself"}={type(part).__name__}, which '
-                    'changes from call to call or mixes samples, but f must be one '
-                    'fixed function of each sample during a solve: use group norm, '
-                    'and draw dropout masks outside'
-                )
-        skeleton = copy.deepcopy(module)
-        for part in list(skeleton.modules()):
-            if parametrize.is_parametrized(part):
-                _plain(part)
-        self._skeleton = skeleton.to('meta')
-        self.names = tuple(
-            name
-            for group in (skeleton.named_parameters(), skeleton.named_buffers())
-            for name, _ in group
-        )
-
-    def tensors(self, module):
-        """Evaluate everything that the forward pass of ``module`` reads.
-
-        Args:
-            module (nn.Module): The module this was made from, or a copy of it.
-
-        Returns:
-            tuple[Tensor, ...]: In the order of ``names``, differentiable with
-            respect to the module's parameters.
-        """
-        found = []
-        for name in self.names:
-            path, _, leaf = name.rpartition('.')
-            found.append(getattr(module.get_submodule(path), leaf))
-        return tuple(found)
+        check_pure(module)
+        self._view = view_of(module)
+        self._slots, names, found = [], [], {}
+        for prefix, part in self._view.named_modules():
+            # Plain attributes too: pruned weights, and parameters of replicas.
+            for where in (part._parameters, part._buffers, vars(part)):
+                for name, tensor in where.items():
+                    if not isinstance(tensor, Tensor):
+                        continue
+                    if id(tensor) not in found:
+                        found[id(tensor)] = len(found), tensor
+                        names.append(f'{prefix}.{name}' if prefix else name)
+                    self._slots.append((part, where, name, found[id(tensor)][0]))
+        self.names = tuple(names)
+        self.tensors = tuple(tensor for _, tensor in found.values())
+        self._clear()
 
     def __call__(self, tensors, *args):
         """Run the forward pass with given tensors in place of the module's own."""
-        named = dict(zip(self.names, tensors, strict=True))
-        return torch.func.functional_call(self._skeleton, named, args)
+        for _, where, name, index in self._slots:
+            where[name] = tensors[index]
+        try:
+            return self._view(*args)
+        finally:
+            self._clear()
+
+    def _clear(self):
+        # Who evaluates keeps the tensors.
+        for _, where, name, _ in self._slots:
+            where[name] = None
 
 
-def _plain(part):
-    """Replace parametrisations by parameters that hold their results.
+@torch.no_grad()
+def frozen(module):
+    """A module with its parametrised tensors as plain ones, none of them trainable.
 
-    ``remove_parametrizations`` would change the class of the part, which a copy
-    shares with its original.
+    Args:
+        module (nn.Module): Stays as it is.
+
+    Returns:
+        nn.Module: A view of it that computes the same.
     """
-    values = {name: getattr(part, name).detach() for name in part.parametrizations}
-    part.__class__ = parametrize.type_before_parametrizations(part)
-    del part.parametrizations
-    for name, value in values.items():
-        part.register_parameter(name, nn.Parameter(value))
+    function = FunctionalModule(module)
+    for part, where, name, index in function._slots:
+        tensor = function.tensors[index].detach()
+        if where is part._parameters:
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        elif where is vars(part):
+            del where[name]
+            where = part._buffers
+        where[name] = tensor
+    return function._view

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .equation import Equation
-from .functional import FunctionalModule
+from .functional import FunctionalModule, check_pure
 from .gradients import ImplicitGradient, UnrolledGradient, build_gradient
 from .gradients.base import replace_failed, tell_overflow
 from .jacobian import hutchinson
@@ -95,7 +95,7 @@ class EquilibriumLayer(nn.Module):
         self.jacobian_probes = 0
         self.jacobian_seed = None
         self._jacobian_losses = Pending()
-        self._function = FunctionalModule(f)
+        check_pure(f)
 
     def extra_repr(self):
         lines = [f'solver={self.solver}', f'gradient={type(self.gradient).__name__}']
@@ -116,8 +116,8 @@ class EquilibriumLayer(nn.Module):
             Equation: f with weights and inputs fixed.
         """
         spec = spec or StateSpec.of(start)
-        weights = self._function.tensors(self.f)
-        count = len(weights)
+        f = FunctionalModule(self.f)
+        count = len(f.tensors)
         autocast = torch.is_autocast_enabled(start[0].device.type)
 
         def function(z, tensors):
@@ -130,11 +130,11 @@ class EquilibriumLayer(nn.Module):
                 if autocast:
                     dtype = torch.promote_types(dtype, torch.float32)
                 maps = [m.to(dtype) for m in maps]
-            return spec.pack(self._function(weights, maps, *inputs), z.dtype)
+            return spec.pack(f(weights, maps, *inputs), z.dtype)
 
         return Equation(
             function,
-            (*weights, *inputs),
+            (*f.tensors, *inputs),
             [False] * count + [True] * len(inputs),
             recompute=self.recompute,
         )

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import interpolate, softmax
+from torch.nn.utils import prune
 
 from mdeq_mm.deployment import DeployableModel
-from mdeq_mm.deployment.model import normalisation, plain_function
+from mdeq_mm.deployment.model import FixedStepMDEQ, normalisation
+from mdeq_mm.implicit import AndersonSolver
 from tests.helpers import build, logits_of, project_classifier, relative
 from tests.test_deployment.models import digits, small_classifier, small_segmentor
 
@@ -82,17 +84,31 @@ def test_several_tasks_have_outputs_of_both():
 def test_weights_are_normalised_once_and_the_model_stays_as_it_is():
     backbone = project_classifier().backbone
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
-    plain = plain_function(backbone)
-    assert not any('parametrizations' in name for name, _ in plain.named_parameters())
+    deployed = FixedStepMDEQ(backbone, AndersonSolver(3))
+    names = deployed.state_dict()
+    assert not any('parametrizations' in name for name in names)
     after = backbone.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
-    maps = [torch.randn(1, 4, 8, 6), torch.randn(1, 4, 4, 3), torch.randn(1, 4, 2, 2)]
-    channels = backbone.arch.channels
-    maps = [m[:, :1].repeat(1, c, 1, 1).double() for m, c in zip(maps, channels)]  # noqa: B905
-    injection = torch.randn(1, channels[0], 8, 6, dtype=torch.float64)
-    expected = backbone.equilibrium.f(maps, injection)
-    assert relative(plain(maps, injection), expected) < 1e-14
+
+
+@torch.no_grad()
+def test_what_was_done_to_f_is_exported():
+    backbone = project_classifier().backbone
+    f = backbone.equilibrium.f
+    f.post_norms[0] = nn.Sequential(f.post_norms[0], nn.Tanh())
+    f.fusion.register_forward_hook(lambda module, inputs, out: [0.5 * m for m in out])
+    prune.l1_unstructured(f.fusion.paths[0]['1'].conv, 'weight', amount=0.5)
+    solver = AndersonSolver(4, tol=0)
+    backbone.equilibrium.eval_solver = solver
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    expected = backbone(images)
+    module = FixedStepMDEQ(backbone, solver)
+    assert relative(module(images)[0], expected) < 1e-11
+    exported = torch.export.export(module, (images,)).module()
+    assert relative(exported(images)[0], expected) < 1e-11
+    narrow = module.float()(images.float())[0]
+    assert all(m.dtype == torch.float32 for m in narrow)
 
 
 @torch.no_grad()

@@ -1,14 +1,14 @@
-import copy
-import gc
-import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from mdeq_mm.implicit import FunctionalModule
+from mdeq_mm.implicit.functional import frozen
 from tests.helpers import project_classifier
 
 
@@ -50,7 +50,7 @@ def data():
 
 def test_computes_what_the_module_computes(net, data):
     function = FunctionalModule(net)
-    assert torch.equal(function(function.tensors(net), *data), net(*data))
+    assert torch.equal(function(function.tensors, *data), net(*data))
 
 
 def test_names_are_of_evaluated_tensors(net):
@@ -63,13 +63,13 @@ def test_names_are_of_evaluated_tensors(net):
         'scale',
         'shift',
     }
-    tensors = dict(zip(function.names, function.tensors(net), strict=True))
+    tensors = dict(zip(function.names, function.tensors, strict=True))
     assert torch.equal(tensors['conv.weight'], net.conv.weight)
 
 
 def test_gradients_reach_what_weights_are_made_of(net, data):
     function = FunctionalModule(net)
-    function(function.tensors(net), *data).square().sum().backward()
+    function(function.tensors, *data).square().sum().backward()
     found = {name: p.grad.clone() for name, p in net.named_parameters()}
     net.zero_grad()
     net(*data).square().sum().backward()
@@ -82,7 +82,7 @@ def test_the_module_stays_as_it_was(net, data):
     before = {k: v.clone() for k, v in net.state_dict().items()}
     kinds = [type(m) for m in net.modules()]
     function = FunctionalModule(net)
-    function(function.tensors(net), *data)
+    function(function.tensors, *data)
     assert parametrize.is_parametrized(net.conv, 'weight')
     assert [type(m) for m in net.modules()] == kinds
     assert net.state_dict().keys() == before.keys()
@@ -94,8 +94,8 @@ def test_other_parametrisations_and_tied_weights(data):
     net[1].weight = net[0].weight
     function = FunctionalModule(net)
     x = data[0]
-    assert torch.equal(function(function.tensors(net), x), net(x))
-    function(function.tensors(net), x).sum().backward()
+    assert torch.equal(function(function.tensors, x), net(x))
+    function(function.tensors, x).sum().backward()
     found = net[0].weight.grad.clone()
     net.zero_grad()
     net(x).sum().backward()
@@ -106,44 +106,88 @@ def test_other_parametrisations_and_tied_weights(data):
     parametrize.register_parametrization(net[0], 'weight', Doubled())
     function = FunctionalModule(net)
     x = torch.randn(4, 3).double()
-    assert torch.equal(function(function.tensors(net), x), net(x))
+    assert torch.equal(function(function.tensors, x), net(x))
 
 
-def test_holds_no_memory_of_its_own(net):
-    gc.collect()
+def test_keeps_nothing_of_an_evaluation(net, data):
+    """What autograd keeps is seen by hooks of saved tensors; nothing hides here."""
     function = FunctionalModule(net)
-    skeleton = function._skeleton
-    held = [*skeleton.parameters(), *skeleton.buffers()]
-    assert held
-    assert all(t.is_meta for t in held)
+    tensors = [t.detach().clone() for t in function.tensors]
+    refs = [weakref.ref(t) for t in tensors]
+    function(tensors, *data)
+    del tensors
+    assert not any(ref() is not None for ref in refs)
+
+    class Fails(nn.Linear):
+        def forward(self, x):
+            raise KeyError(x)
+
+    function = FunctionalModule(Fails(2, 2))
+    tensors = [t.detach().clone() for t in function.tensors]
+    refs = [weakref.ref(t) for t in tensors]
+    with pytest.raises(KeyError):
+        function(tensors, None)
+    del tensors
+    assert not any(ref() is not None for ref in refs)
 
 
-def test_follows_a_module_that_changed(net, data):
+def test_is_of_the_module_as_it_is(net, data):
     function = FunctionalModule(net)
     with torch.no_grad():
         net.conv.parametrizations.weight.original0.mul_(3)
-    assert torch.equal(function(function.tensors(net), *data), net(*data))
+    assert not torch.equal(function(function.tensors, *data), net(*data))
+    function = FunctionalModule(net)
+    assert torch.equal(function(function.tensors, *data), net(*data))
     net.float()
     data = [d.float() for d in data]
-    assert torch.equal(function(function.tensors(net), *data), net(*data))
-
-
-def test_serves_a_copy_of_the_module(net, data):
     function = FunctionalModule(net)
-    other = copy.deepcopy(net)
-    with torch.no_grad():
-        other.conv.parametrizations.weight.original1.add_(1)
-    assert torch.equal(function(function.tensors(other), *data), other(*data))
-    again = copy.deepcopy(function)
-    assert torch.equal(again(again.tensors(net), *data), net(*data))
+    assert torch.equal(function(function.tensors, *data), net(*data))
 
 
-def test_pickles(data):
-    # PyTorch pickles no parametrised module, so this one is plain.
+def test_tensors_that_are_plain_attributes(data):
+    """Such as a scale that another network gives: gradients reach that one."""
     net = PlainNet().double()
+    inner = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    net.conv.register_forward_pre_hook(
+        lambda module, inputs: (module.scale * inputs[0],)
+    )
+    net.conv.scale = inner.square()
     function = FunctionalModule(net)
-    again = pickle.loads(pickle.dumps(function))
-    assert torch.equal(again(again.tensors(net), *data), net(*data))
+    found = function(function.tensors, *data)
+    torch.testing.assert_close(found, net(*data))
+    (mine,) = torch.autograd.grad(found.square().sum(), inner, retain_graph=True)
+    (expected,) = torch.autograd.grad(net(*data).square().sum(), inner)
+    torch.testing.assert_close(mine, expected)
+
+
+def test_threads(net, data):
+    """Each has its own, and all are of one module."""
+
+    def work(scale):
+        function = FunctionalModule(net)
+        tensors = [scale * t.detach() for t in function.tensors]
+        return [function(tensors, *data) for _ in range(20)]
+
+    scales = [0.5, 1, 2, 4]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, scales))
+    for scale, outs in zip(scales, found, strict=True):
+        function = FunctionalModule(net)
+        expected = function([scale * t.detach() for t in function.tensors], *data)
+        assert all(torch.equal(out, expected) for out in outs)
+
+
+@pytest.mark.parametrize('data_type', [torch.float64, torch.float32])
+def test_a_frozen_copy(net, data, data_type):
+    prune.l1_unstructured(net.norm, 'weight', amount=1)
+    copy = frozen(net)
+    assert type(copy) is Net
+    assert not any(p.requires_grad for p in copy.parameters())
+    assert not any('parametrizations' in name for name in copy.state_dict())
+    copy, net = copy.to(data_type), net.to(data_type)
+    data = [d.to(data_type) for d in data]
+    torch.testing.assert_close(copy(*data), net(*data), rtol=1e-6, atol=1e-6)
+    assert all(p.requires_grad for p in net.parameters())
 
 
 @pytest.mark.parametrize(
@@ -166,6 +210,25 @@ def test_parts_that_change_from_call_to_call_are_refused(part):
         FunctionalModule(net)
     assert '1.0' in str(error.value)
     assert 'group norm' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'part',
+    [
+        nn.BatchNorm2d(2),
+        nn.InstanceNorm2d(2, track_running_stats=True),
+        nn.Dropout(0.1),
+    ],
+    ids=str,
+)
+def test_in_evaluation_they_are_fixed(part):
+    """As the dropout of an adapter is."""
+    net = nn.Sequential(nn.Conv2d(2, 2, 1), part).double().eval()
+    x = torch.randn(2, 2, 3, 3).double()
+    function = FunctionalModule(net)
+    assert torch.equal(function(function.tensors, x), net(x))
+    with pytest.raises(ValueError, match=type(part).__name__):
+        FunctionalModule(net.train())
 
 
 def test_a_solve_leaves_f_unchanged():

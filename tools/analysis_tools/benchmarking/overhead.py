@@ -41,10 +41,9 @@ def solver_overhead(settings, rounds):
     with settings.autocast():
         equation, start, (maps, *inputs) = captured(backbone, images)
         f = FunctionalModule(backbone.equilibrium.f)
-        weights = f.tensors(backbone.equilibrium.f)
 
         def evaluate():
-            f(weights, maps, *inputs)
+            f(f.tensors, maps, *inputs)
 
         solvers = _solvers()
         work = dict(f=evaluate)
