@@ -1,6 +1,7 @@
 """The equilibrium as a layer: equation, solver and gradient put together."""
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from .jacobian import hutchinson
 from .pending import Pending
 from .solvers import build_solver
 from .state import StateSpec, has_channels_last
+from .threads import PerThread
 
 
 def equilibrium_layers(model):
@@ -27,10 +29,41 @@ def equilibrium_layers(model):
     return [m for m in model.modules() if isinstance(m, EquilibriumLayer)]
 
 
+@contextmanager
+def recorded(layers):
+    """Collect the solutions of all solves that this thread makes meanwhile.
+
+    Args:
+        layers (list[EquilibriumLayer]): Whose solves.
+
+    Yields:
+        list[Solution]: In their order.
+    """
+    found = []
+    for layer in layers:
+        layer._calls.recorders = (*layer._calls.recorders, found.append)
+    try:
+        yield found
+    finally:
+        for layer in layers:
+            layer._calls.recorders = layer._calls.recorders[:-1]
+
+
+class _Calls(PerThread):
+    """What the calls of one thread leave, and what watches them."""
+
+    last = (None, None)
+    observe = None
+    recorders = ()
+
+
 class EquilibriumLayer(nn.Module):
     """Layer whose output is the equilibrium z* = f(z*, inputs).
 
     In training the output is f(z*) with gradients, in evaluation z* itself.
+
+    f may be changed at any time, as any module: each forward pass takes it as it is
+    (see :class:`FunctionalModule`). Several threads may call one layer.
 
     Args:
         f (nn.Module): Called as ``f(maps, *inputs) -> maps`` with lists of maps
@@ -44,8 +77,8 @@ class EquilibriumLayer(nn.Module):
             instead of keeping its intermediate results.
 
     Attributes:
-        last_solution (Solution | None): Of the last forward pass, detached; its
-            ``adjoint`` is that of the last backward pass.
+        last_solution (Solution | None): Of the last forward pass in the calling
+            thread, detached; its ``adjoint`` is that of the last backward pass.
         last_spec (StateSpec | None): How the maps lie in its ``value``.
         unroll_steps (int | None): If set, f is applied this many times in place
             of a solve, in training and evaluation, differentiated directly.
@@ -53,7 +86,8 @@ class EquilibriumLayer(nn.Module):
         observe (Callable | None): If set, called after each evaluation of f in
             solves of the evaluation mode without gradients, as ``observe(rows,
             maps, residual)``: indices of the samples that are still in the batch,
-            f at their iterates as maps (n, ...), and the residuals there (n,).
+            f at their iterates as maps (n, ...), and the residuals there (n,). Of
+            the calling thread alone.
         inspect (Callable | None): If set, called after each solve in training, as
             ``inspect(equation, solution)``, without gradients.
         jacobian_probes (int): Probes of the Jacobian loss (Bai et al. 2021) that each
@@ -89,13 +123,41 @@ class EquilibriumLayer(nn.Module):
         self.recompute = recompute
         self.unroll_steps = None
         self.trace = False
-        self.observe = None
         self.inspect = None
-        self.last_solution = self.last_spec = None
+        self._calls = _Calls()
         self.jacobian_probes = 0
         self.jacobian_seed = None
         self._jacobian_losses = Pending()
         check_pure(f)
+
+    @property
+    def last_solution(self):
+        return self._calls.last[0]
+
+    @last_solution.setter
+    def last_solution(self, solution):
+        self._calls.last = solution, self.last_spec
+
+    @property
+    def last_spec(self):
+        return self._calls.last[1]
+
+    @last_spec.setter
+    def last_spec(self, spec):
+        self._calls.last = self.last_solution, spec
+
+    @property
+    def observe(self):
+        return self._calls.observe
+
+    @observe.setter
+    def observe(self, watcher):
+        self._calls.observe = watcher
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica._jacobian_losses = Pending()
+        return replica
 
     def extra_repr(self):
         lines = [f'solver={self.solver}', f'gradient={type(self.gradient).__name__}']
@@ -163,7 +225,9 @@ class EquilibriumLayer(nn.Module):
             out, solution = self.gradient(equation, z, self.solver, self.trace)
         else:
             out, solution = self._evaluate(equation, z, spec)
-        self.last_solution, self.last_spec = solution, spec
+        self._calls.last = solution, spec
+        for record in self._calls.recorders:
+            record(solution)
         out = tell_overflow(equation, out, solution.residual)
         if self.training:
             if self.inspect is not None:

@@ -52,8 +52,9 @@ class ImplicitGradient(Gradient):
     def _adjoint(self, product, grad):
         direction, norm = unit(grad)
         start = torch.zeros_like(direction)
-        if self.warm_start and self._last is not None:
-            last, residual = self._last
+        kept = self._last
+        if self.warm_start and kept is not None:
+            last, residual = kept
             if last.shape == start.shape and last.device == start.device:
                 # One that was worse than zero would only mislead.
                 start = torch.where((residual < 1)[:, None], last.to(start), start)

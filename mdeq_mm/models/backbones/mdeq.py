@@ -154,7 +154,7 @@ class MDEQ(BaseModule):
 
     @property
     def last_solution(self):
-        """Solution | None: Of the last forward pass, detached."""
+        """Solution | None: Of the last forward pass in this thread, detached."""
         return self.equilibrium.last_solution
 
     def init_weights(self):

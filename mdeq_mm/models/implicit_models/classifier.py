@@ -1,7 +1,8 @@
 """Image classifier that tells of its equilibrium."""
 
+from ...implicit.layer import recorded
 from ...registry import MODELS
-from .equilibrium_report import EquilibriumReport, annotate, recorded
+from .equilibrium_report import EquilibriumReport, annotate
 from .lazy import LazySubclass
 
 

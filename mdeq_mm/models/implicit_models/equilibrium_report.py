@@ -1,7 +1,5 @@
 """What a model tells of its equilibria: the Jacobian loss, and how solves ended."""
 
-from contextlib import contextmanager
-
 import torch
 
 from ...implicit import Status
@@ -70,29 +68,6 @@ class EquilibriumReport:
             return {}
         total = sum(parts)
         return dict(loss_jac=self.jacobian_weight * total, jacobian=total.detach())
-
-
-@contextmanager
-def recorded(layers):
-    """Collect the solutions of all solves meanwhile.
-
-    Args:
-        layers (list[EquilibriumLayer]): Whose solves.
-
-    Yields:
-        list[Solution]: In their order.
-    """
-    found = []
-
-    def record(layer, inputs, output):
-        found.append(layer.last_solution)
-
-    handles = [layer.register_forward_hook(record) for layer in layers]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def annotate(samples, solutions):

@@ -7,10 +7,11 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.model import BaseModel, Sequential
 
+from ...implicit.layer import recorded
 from ...registry import MODELS
 from ...tasks import in_scope, require_toolboxes, serves, task_of
 from ..implicit_models import EquilibriumReport
-from ..implicit_models.equilibrium_report import annotate, recorded
+from ..implicit_models.equilibrium_report import annotate
 
 
 @MODELS.register_module()
