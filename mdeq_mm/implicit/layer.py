@@ -12,6 +12,7 @@ from .gradients import ImplicitGradient, UnrolledGradient, build_gradient
 from .gradients.base import replace_failed, tell_overflow
 from .jacobian import hutchinson
 from .pending import Pending
+from .pickling import let_pickle
 from .solvers import build_solver
 from .state import StateSpec, has_channels_last
 from .threads import PerThread
@@ -153,6 +154,10 @@ class EquilibriumLayer(nn.Module):
     @observe.setter
     def observe(self, watcher):
         self._calls.observe = watcher
+
+    def __getstate__(self):
+        let_pickle(self.f)
+        return super().__getstate__()
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()

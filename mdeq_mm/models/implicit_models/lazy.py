@@ -7,6 +7,17 @@ from importlib.util import find_spec
 from ...tasks import PACKAGES
 
 
+class _Complete:
+    """The class with both bases as an attribute of the written one.
+
+    Pickles look up classes by their qualified names, in processes where no object
+    was made yet.
+    """
+
+    def __get__(self, instance, cls):
+        return cls if cls._complete else _completed(cls)
+
+
 class LazySubclass:
     """Base of a class whose other base is imported when the first object is made.
 
@@ -18,8 +29,11 @@ class LazySubclass:
 
     _parent = None
 
+    _complete = False
+    _complete_class = _Complete()
+
     def __new__(cls, *args, **kwargs):
-        if LazySubclass in cls.__mro__ and not getattr(cls, '_complete', False):
+        if not cls._complete:
             cls = _completed(cls)
         return super().__new__(cls)
 
@@ -35,5 +49,10 @@ def _completed(cls):
             'installation.md has the sets of packages and their versions)'
         )
     base = getattr(import_module(module), name)
-    fields = dict(_complete=True, __module__=cls.__module__, __doc__=cls.__doc__)
+    fields = dict(
+        _complete=True,
+        __module__=cls.__module__,
+        __qualname__=f'{cls.__qualname__}._complete_class',
+        __doc__=cls.__doc__,
+    )
     return type(cls.__name__, (cls, base), fields)

@@ -668,9 +668,9 @@ class TestCompanions:
         with torch.no_grad():
             assert averaged.eval()(images)[0].isfinite().all()
 
-    def test_pickle(self):
-        # PyTorch itself pickles no module with a normalised weight.
-        backbone = tiny(arch=dict(weight_norm=False)).eval()
+    @pytest.mark.parametrize('weight_norm', [True, False])
+    def test_pickle(self, weight_norm):
+        backbone = tiny(arch=dict(weight_norm=weight_norm)).eval()
         images = torch.randn(2, 3, 16, 16)
         with torch.no_grad():
             expected = backbone(images)

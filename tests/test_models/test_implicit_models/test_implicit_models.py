@@ -1,8 +1,10 @@
 """Classifier and segmentor that tell of their equilibria."""
 
 import copy
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -201,6 +203,78 @@ def test_sliding_windows_tell_the_worst(segmentor):
         assert sample.equilibrium_residual == max(s.residual[i].item() for s in seen)
         assert sample.equilibrium_steps == sum(s.steps[i].item() for s in seen)
         assert sample.equilibrium_status == 'max_steps'
+
+
+class Mine(ImplicitImageClassifier):
+    """A user's own."""
+
+
+@pytest.mark.parametrize('stepped', [False, True])
+@pytest.mark.parametrize('kind', ['classifier', 'segmentor'])
+def test_pickles(request, kind, stepped, tmp_path):
+    model = request.getfixturevalue(kind)
+    dtype = next(model.parameters()).dtype
+    images = torch.randn(2, 3, 16, 16, dtype=dtype)
+    if stepped:
+        model.train().set_jacobian(1.0)
+        samples = label_maps(torch.zeros(2, 16, 16).long())
+        if kind == 'classifier':
+            samples = class_samples(2)
+        model.parse_losses(model(images, samples, mode='loss'))[0].backward()
+        model(images, mode='tensor')
+        model.eval()
+    expected = model(images, mode='tensor')
+    torch.save(model, tmp_path / 'model.pth')
+    loaded = torch.load(tmp_path / 'model.pth', weights_only=False)
+    for other in (loaded, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(other) is type(model)
+        assert torch.equal(expected[0], other(images, mode='tensor')[0])
+    assert pickle.loads(pickle.dumps(type(model))) is type(model)
+    # In a process that has made no such model yet.
+    code = (
+        'import sys, torch; '
+        'model = torch.load(sys.argv[1], weights_only=False); '
+        "print(type(model).__name__, 'parametrizations' in str(model.backbone))"
+    )
+    out = subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path / 'model.pth')],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert out.stdout.split()[-2:] == [type(model).__name__, 'True']
+
+
+def test_classes_of_users_pickle(classifier):
+    config = project_golden()['config']
+    mine = Mine(config['backbone'], config['neck'], config['head'])
+    again = pickle.loads(pickle.dumps(mine))
+    assert isinstance(again, Mine) and type(again) is type(mine)
+
+
+@pytest.mark.parametrize('kind', ['classifier', 'segmentor'])
+def test_predictions_in_several_threads(request, kind):
+    """Each tells of its own solve, as in one thread."""
+    model = request.getfixturevalue(kind)
+    dtype = next(model.parameters()).dtype
+    images = [torch.randn(1, 3, 16, 16, dtype=dtype) * 2**i for i in range(4)]
+
+    @torch.no_grad()
+    def predict(image):
+        samples = label_maps(torch.zeros(1, 16, 16).long())
+        if kind == 'classifier':
+            samples = class_samples(1)
+        (found,) = model(image, samples, mode='predict')
+        scores = found.pred_score if kind == 'classifier' else found.seg_logits.data
+        return scores, found.equilibrium_residual, found.equilibrium_steps
+
+    expected = [predict(image) for image in images]
+    assert len({residual for _, residual, _ in expected}) == len(images)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(predict, images * 10))
+    for (scores, *report), (wanted, *own) in zip(found, expected * 10, strict=True):
+        assert torch.equal(scores, wanted) and report == own
+    assert not model.backbone.equilibrium._forward_hooks
 
 
 def solution(residual, status):
