@@ -6,9 +6,9 @@ from torch.nn.functional import interpolate, softmax
 
 from ..implicit import StateSpec
 from ..implicit.functional import frozen
+from ..implicit.iteration import FixedIteration, fixed_solver
 from ..implicit.layer import equilibrium_layers
 from ..models.backbones.mdeq import MDEQ
-from .iteration import FixedIteration, fixed_solver
 
 
 class FixedStepMDEQ(nn.Module):

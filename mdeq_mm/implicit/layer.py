@@ -9,13 +9,16 @@ from torch import Tensor, nn
 from .equation import Equation
 from .functional import FunctionalModule, check_pure
 from .gradients import ImplicitGradient, UnrolledGradient, build_gradient
-from .gradients.base import replace_failed, tell_overflow
+from .gradients.base import tell_overflow
+from .gradients.linearise import replace_failed
+from .iteration import FixedIteration
 from .jacobian import hutchinson
 from .pending import Pending
 from .pickling import let_pickle
-from .solvers import build_solver
+from .solvers import AndersonSolver, PicardSolver, build_solver
 from .state import StateSpec, has_channels_last
 from .threads import PerThread
+from .transforms import transforming
 
 
 def equilibrium_layers(model):
@@ -218,11 +221,18 @@ class EquilibriumLayer(nn.Module):
 
         Returns:
             list[Tensor]: Maps of the shapes of ``start``, float32 or wider.
+
+        Raises:
+            NotImplementedError: If ``torch.func`` transforms it, and its iteration is
+                not fixed.
         """
         spec = StateSpec.of(start, channels_last=has_channels_last(start[0]))
         equation = self.equation(start, *inputs, spec=spec)
         z = spec.pack(start)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if transforming((z, *equation.tensors)):
+            self._calls.last = (None, None)
+            return spec.unpack(self._iterate(equation, z))
         if self.unroll_steps is not None:
             gradient = UnrolledGradient(self.unroll_steps)
             out, solution = gradient(equation, z, None, self.trace)
@@ -241,6 +251,31 @@ class EquilibriumLayer(nn.Module):
             if self.jacobian_probes:
                 self._add_jacobian_loss(equation, solution)
         return spec.unpack(out)
+
+    def _iterate(self, equation, z):
+        """A fixed number of evaluations of f as plain operations."""
+        gradient = self.gradient if self.training else None
+        if self.unroll_steps is not None:
+            gradient = UnrolledGradient(self.unroll_steps)
+        if isinstance(gradient, UnrolledGradient):
+            for _ in range(gradient.steps):
+                z = z.lerp(equation(z), gradient.damping)
+            return z
+        solver = self.eval_solver
+        fixed = solver.tol == 0 and isinstance(solver, AndersonSolver | PicardSolver)
+        if self.training or not fixed:
+            name = type(self.gradient).__name__
+            raise NotImplementedError(
+                'torch.func and forward-mode differentiation take equilibria of a '
+                'fixed iteration alone: in evaluation an AndersonSolver or '
+                f'PicardSolver with tol=0 (eval_solver is {solver}), in training '
+                f'UnrolledGradient (gradient is {name}), or unroll_steps in both'
+            )
+        iteration = FixedIteration(solver)
+        state = iteration.begin(z)
+        for _ in range(solver.max_steps):
+            state = iteration.step(state, equation(state[0]))
+        return state[1]
 
     def forget(self):
         """Let the next solves start cold, whatever was solved before."""

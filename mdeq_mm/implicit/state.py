@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .transforms import transforming
+
 
 @dataclass(frozen=True)
 class StateSpec:
@@ -88,6 +90,6 @@ class StateSpec:
 
 def has_channels_last(t: Tensor):
     """Whether a tensor (N, C, H, W) lies in memory with its channels last."""
-    if t.dim() != 4 or t.is_contiguous():
+    if t.dim() != 4 or transforming() or t.is_contiguous():
         return False
     return t.is_contiguous(memory_format=torch.channels_last)

@@ -3,13 +3,13 @@
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ...registry import GRADIENTS
 from ..checks import check_int, check_share
 from ..solution import Solution, Status
 from ..solvers.base import residual_of
-from .base import Gradient, Linearisation, finite_samples, infinite
+from .base import Gradient, infinite, no_second_derivative
+from .linearise import Linearisation, finite_samples
 
 #: Digits that reconstructing the states may lose; float64 has 16.
 MOST_DIGITS = 9.0
@@ -93,7 +93,7 @@ class _Reversible(torch.autograd.Function):
         return torch.where(healthy[:, None], z.to(start.dtype), start)
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative
     def backward(ctx, grad):
         start, y, z, healthy, *tensors = ctx.saved_tensors
         steps, beta = ctx.steps, ctx.beta

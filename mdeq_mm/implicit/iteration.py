@@ -1,9 +1,9 @@
-"""A solver's iteration with a fixed number of evaluations of f, for export.
+"""A solver's iteration with a fixed number of evaluations of f, as one formula.
 
-The loop of :class:`~mdeq_mm.implicit.Solver` looks at its numbers to stop, writes in
-place and calls LAPACK; graphs that are exported can have none of it. What is here is
-the same iteration without, at a tolerance of 0, in plain tensor operations, which are
-the same at every step.
+The loop of :class:`Solver` looks at its numbers to stop, writes in place and calls
+LAPACK; graphs that are exported and transformations of ``torch.func`` can have none of
+it. What is here is the same iteration without, at a tolerance of 0, in plain tensor
+operations, which are the same at every step.
 """
 
 import math
@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..implicit import AndersonSolver, PicardSolver
-from ..implicit.checks import check_int
-from ..implicit.solvers.base import finite_rows, residual_of
-from ..implicit.solvers.rows import combine
+from .checks import check_int
+from .solvers import AndersonSolver, PicardSolver
+from .solvers.base import finite_rows, residual_of
+from .solvers.rows import combine
 
 
 def fixed_solver(solver, steps=None, kind=None):
@@ -139,7 +139,8 @@ def anderson_weights(gram: Tensor, used: Tensor, ridge):
         Tensor: (N, m), of sum 1; 0 where nothing is.
     """
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    norms = (gram * eye).sum(2).sqrt()
+    # The root of zero, in entries that are not filled, has no derivative.
+    norms = (gram * eye).sum(2).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
     inverse = 1 / norms.clamp_min(torch.finfo(torch.float32).tiny)
     scaled = gram * inverse[:, :, None] * inverse[:, None, :] + ridge * eye
     target = used * inverse

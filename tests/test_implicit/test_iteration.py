@@ -5,9 +5,13 @@ import math
 import pytest
 import torch
 
-from mdeq_mm.deployment import FixedIteration, fixed_solver
-from mdeq_mm.deployment.iteration import anderson_weights, solve_positive
 from mdeq_mm.implicit import AndersonSolver, BroydenSolver, PicardSolver
+from mdeq_mm.implicit.iteration import (
+    FixedIteration,
+    anderson_weights,
+    fixed_solver,
+    solve_positive,
+)
 from tests.helpers import affine, tanh
 
 
