@@ -5,7 +5,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...registry import GRADIENTS, build_from
 from ..solution import Solution
@@ -62,10 +61,8 @@ def no_second_derivative(backward):
     """Make a backward pass that is not recorded an error where it would have to be.
 
     PyTorch's ``once_differentiable`` tells only where the incoming gradient is
-    itself differentiated. It is not where a loss is linear in the output, and the
-    second derivatives were then wrong without a word.
+    itself differentiated, which it is not where a loss is linear in the output.
     """
-    backward = once_differentiable(backward)
 
     @functools.wraps(backward)
     def checked(ctx, *grads):
