@@ -102,7 +102,6 @@ def solver_faults(prefix):
         'max_steps': Fault(integer(1), f'{prefix}max_steps'),
         'tol': Fault(amount(), f'{prefix}tol'),
         'norm': Fault(text(), f'{prefix}norm'),
-        'patience': Fault(integer(1), f'{prefix}patience'),
         'drop_finished': Fault(flag(optional=True), f'{prefix}drop_finished'),
         'check_every': Fault(integer(1), f'{prefix}check_every'),
         'type': Fault(kind(), f'{prefix}type'),
