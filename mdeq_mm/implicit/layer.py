@@ -30,7 +30,9 @@ def equilibrium_layers(model):
 class EquilibriumLayer(nn.Module):
     """Layer whose output is the equilibrium z* = f(z*, inputs).
 
-    In training the output is f(z*) with gradients, in evaluation z* itself.
+    In training the output is f(z*) with gradients, in evaluation z* itself. Where f
+    gave nothing finite for a sample, its output is its start in training, so that it
+    harms no other sample, and NaN in evaluation.
 
     Args:
         f (nn.Module): Called as ``f(maps, *inputs) -> maps`` with lists of maps
@@ -165,6 +167,9 @@ class EquilibriumLayer(nn.Module):
             out, solution = self._evaluate(equation, z, spec)
         self.last_solution, self.last_spec = solution, spec
         out = tell_overflow(equation, out, solution.residual)
+        if not self.training:
+            # The best of a failed sample is its start, which would pass for a result.
+            out = torch.where(solution.residual.isfinite()[:, None], out, torch.nan)
         if self.training:
             if self.inspect is not None:
                 with torch.no_grad():
