@@ -239,7 +239,11 @@ class MDEQ(BaseModule):
             return start
         if last.value.device != start[0].device:
             return start
-        sound = last.residual < 1
+        # A residual as large as the equilibrium itself, and zero is the better start.
+        scale = 1
+        if self.equilibrium.eval_solver.norm == 'abs':
+            scale = torch.linalg.vector_norm(last.value, dim=1)
+        sound = last.residual < scale
         value = torch.where(sound[:, None], last.value, torch.zeros_like(last.value))
         return [
             torch.empty_like(zero, dtype=value.dtype).copy_(m)
