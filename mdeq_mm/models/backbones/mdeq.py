@@ -175,7 +175,7 @@ class MDEQ(BaseModule):
             halved and rounded up.
 
         Raises:
-            ValueError: If the images are too small.
+            ValueError: If the images have no pixels, or norms would be of one number.
         """
         self._check_images(x)
         injection = self.injection(self.stem(x))
@@ -207,12 +207,12 @@ class MDEQ(BaseModule):
         size, least = x.shape[2:], self.arch.min_size
         # Where a group is one channel, the norm of one pixel would be left.
         single = self.arch.num_groups in self.arch.channels and max(size) <= least
-        if min(size) < least or single:
+        if min(size) < 1 or single:
             raise ValueError(
                 f'images of {size[0]}x{size[1]} pixels are too small for '
                 f'{len(self.arch.channels)} branches after '
                 f'{self.arch.downsample_times} halvings: use '
-                f'{"more than" if single else "at least"} {least} a side, or fewer '
+                f'{f"more than {least}" if single else "at least 1"} a side, or fewer '
                 'branches'
             )
 
