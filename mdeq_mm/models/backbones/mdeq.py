@@ -19,6 +19,7 @@ from ...utils.checkpoint import check_no_more, check_state_dict, init_pretrained
 from ..checks import check_init, check_norm
 from ..layers import MultiscaleFunction, channel_mask
 from .arch import build_arch
+from .pretrained import adapt_channels, whence
 
 
 @MODELS.register_module()
@@ -53,7 +54,8 @@ class MDEQ(BaseModule):
         pretrained (str, optional): Checkpoint to start from; as
             ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
         init_cfg (dict | list[dict], optional): Initialisation. With
-            ``type='Pretrained'``, files that do not fit are an error.
+            ``type='Pretrained'``, files that do not fit are an error, save that the
+            first convolution is adapted to other channels of the images.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -92,6 +94,7 @@ class MDEQ(BaseModule):
         init_cfg=None,
     ):
         super().__init__(_init_cfg(pretrained, init_cfg))
+        self.pretrained = pretrained
         if drop_rate is not None:
             if not is_number(drop_rate) or not 0 <= drop_rate < 1:
                 raise ValueError(
@@ -148,6 +151,7 @@ class MDEQ(BaseModule):
         self.equilibrium = EquilibriumLayer(
             f, solver, gradient, eval_solver, recompute=with_cp
         )
+        self.register_load_state_dict_pre_hook(adapt_channels)
         self.register_load_state_dict_pre_hook(check_state_dict)
         self.register_load_state_dict_pre_hook(check_no_more)
         self._freeze()
@@ -159,15 +163,22 @@ class MDEQ(BaseModule):
 
     def init_weights(self):
         """Initialise, or load the checkpoint that ``init_cfg`` names."""
-        if not init_pretrained(self):
+        try:
+            loaded = init_pretrained(self)
+        except (FileNotFoundError, RuntimeError, ValueError) as error:
+            if self.pretrained is None:
+                raise
+            raise type(error)(f'{error}. {whence(self.pretrained)}') from error
+        if not loaded:
             super().init_weights()
 
     def forward(self, x):
         """Find the equilibrium of a batch of images.
 
         Args:
-            x (Tensor): (N, in_channels, H, W); sides of at least
-                ``2 ** (downsample_times + branches - 1)`` pixels.
+            x (Tensor): (N, in_channels, H, W). Sides below
+                ``2 ** (downsample_times + branches - 1)`` pixels leave maps of one
+                pixel at the lowest resolutions.
 
         Returns:
             tuple[Tensor]: The branches of ``out_indices``, (N, C_i, H_i, W_i),
@@ -312,7 +323,8 @@ def _init_cfg(pretrained, init_cfg):
     if pretrained is not None:
         if init_cfg is not None:
             raise ValueError(
-                f'pretrained={pretrained!r} and init_cfg are both given: keep init_cfg'
+                'pretrained and init_cfg are both given: keep init_cfg. '
+                f'{whence(pretrained)}'
             )
         if not isinstance(pretrained, str):
             raise TypeError(f'pretrained must be a path or URL, got {pretrained!r}')
