@@ -323,8 +323,8 @@ def _init_cfg(pretrained, init_cfg):
     if pretrained is not None:
         if init_cfg is not None:
             raise ValueError(
-                'pretrained and init_cfg are both given: keep init_cfg. '
-                f'{whence(pretrained)}'
+                f'pretrained={pretrained!r} and init_cfg are both given: keep '
+                f'init_cfg. {whence(pretrained)}'
             )
         if not isinstance(pretrained, str):
             raise TypeError(f'pretrained must be a path or URL, got {pretrained!r}')
