@@ -16,6 +16,7 @@ from mmengine.registry import (
     OPTIM_WRAPPERS,
     Registry,
 )
+from mmengine.utils import get_object_from_string
 
 SOLVERS = Registry('solver', scope='mdeq_mm', locations=['mdeq_mm.implicit'])
 GRADIENTS = Registry('gradient', scope='mdeq_mm', locations=['mdeq_mm.implicit'])
@@ -29,7 +30,22 @@ __all__ = [
     'OPTIM_WRAPPERS',
     'SOLVERS',
     'build_from',
+    'name_of',
 ]
+
+
+def name_of(kind):
+    """Name of a type in a config, without what stands before it.
+
+    Args:
+        kind (str | type): A registered name, with or without a scope, the path of a
+            class as mmengine writes it into files, or the class.
+
+    Returns:
+        str: Such as ``'MDEQ'`` for ``'mdeq_mm.models.MDEQ'``.
+    """
+    name = kind if isinstance(kind, str) else getattr(kind, '__name__', str(kind))
+    return name.rpartition('.')[2]
 
 
 def build_from(registry, cfg, field):
@@ -65,9 +81,13 @@ def build_from(registry, cfg, field):
     if isinstance(kind, str):
         # Registered names may carry the scope, as everywhere in OpenMMLab.
         cls = known.get(kind.removeprefix('mdeq_mm.'))
+        if cls is None and re.fullmatch(r'\w+(\.\w+)+', kind):
+            # As mmengine writes a class of a config in Python into its files. Where
+            # its module is new, the import registers it.
+            cls = get_object_from_string(kind)
     else:
-        cls = kind if kind in known.values() else None
-    if cls is None:
+        cls = kind
+    if cls is None or cls not in known.values():
         raise ValueError(
             f'{field}.type={kind!r} is not a registered {registry.name}: use one of '
             f'{sorted(known)}, or register yours and name its module in custom_imports'

@@ -35,7 +35,7 @@ FACTORS = (1.0, 2.0)
 #: What f computes in; the state of a reversible iteration is float64 in any case.
 PRECISIONS = ('float64', 'float32', 'bfloat16')
 
-TIGHT = partial(BroydenSolver, max_steps=300, patience=100)
+TIGHT = partial(BroydenSolver, max_steps=300)
 
 
 def golden_names():
@@ -236,7 +236,7 @@ def rows():
     }
     found = {name: (gradient, None) for name, gradient in gradients.items()}
     for tol in (1e-3, 1e-6):
-        solver = BroydenSolver(100, tol, patience=50)
+        solver = BroydenSolver(100, tol)
         name = f'shared inverse, solved to {tol:.0e}'.replace('e-0', 'e-')
         found[f'{name}, no fallback'] = SharedInverseGradient(fallback=None), solver
         found[name] = SharedInverseGradient(), solver

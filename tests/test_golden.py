@@ -219,7 +219,7 @@ class TestHardMap:
     @pytest.mark.parametrize('memory', [5, 8])
     def test_limited_broyden_restarts(self, point, memory):
         equation, z = point
-        solver = BroydenSolver(max_steps=200, tol=1e-4, memory=memory, patience=30)
+        solver = BroydenSolver(max_steps=200, tol=1e-4, memory=memory)
         hard = Stretched(equation, z)
         solution = solver.solve(hard, torch.zeros_like(z), trace=True)
         assert solution.converged.all()
@@ -233,9 +233,9 @@ class TestHardMap:
             AndersonSolver(120, 1e-9, memory=5),
             AndersonSolver(120, 1e-9, memory=8, ridge=1e-10),
             BroydenSolver(120, 1e-9),
-            BroydenSolver(300, 1e-9, memory=5, patience=50),
-            BroydenSolver(300, 1e-9, memory=8, patience=50),
-            PicardSolver(1000, 1e-9, patience=200),
+            BroydenSolver(300, 1e-9, memory=5),
+            BroydenSolver(300, 1e-9, memory=8),
+            PicardSolver(1000, 1e-9),
         ],
         ids=repr,
     )
@@ -252,7 +252,7 @@ class TestHardMap:
         steps = {
             name: solver.solve(hard, torch.zeros_like(z)).steps.max().item()
             for name, solver in dict(
-                plain=PicardSolver(1000, 1e-9, patience=200),
+                plain=PicardSolver(1000, 1e-9),
                 anderson=AndersonSolver(120, 1e-9, memory=5),
                 broyden=BroydenSolver(120, 1e-9),
             ).items()
@@ -295,7 +295,7 @@ def gradient_of_f(golden):
 
 @pytest.fixture(scope='module')
 def exact(gradient_of_f):
-    solver = BroydenSolver(max_steps=200, tol=1e-11, patience=60)
+    solver = BroydenSolver(max_steps=200, tol=1e-11)
     return {f: gradient_of_f(ImplicitGradient(solver), f) for f in (1.0, 2.0)}
 
 

@@ -26,6 +26,8 @@ from mmengine.runner import Runner
 
 import mdeq_mm
 from mdeq_mm.models import MDEQ
+from mdeq_mm.models.backbones.pretrained import adapt_channels
+from mdeq_mm.registry import name_of
 from mdeq_mm.tasks import SCOPES
 from mdeq_mm.utils.checkpoint import (
     check_finite,
@@ -387,7 +389,7 @@ def replace_sync_bn(cfg: Config) -> int:
     def replace(node):
         count = 0
         if isinstance(node, dict):
-            if node.get('type') in ('SyncBN', 'MMSyncBN'):
+            if name_of(node.get('type')) in ('SyncBN', 'MMSyncBN', 'SyncBatchNorm'):
                 node['type'] = 'BN'
                 count += 1
             count += sum(replace(v) for v in node.values())
@@ -405,7 +407,7 @@ def check_not_sharded(cfg: Config) -> None:
     if 'MDEQ' not in str(cfg.get('model')):
         return
     for field in ('model_wrapper_cfg', 'strategy'):
-        name = str((cfg.get(field) or {}).get('type', ''))
+        name = name_of((cfg.get(field) or {}).get('type', ''))
         if any(word in name for word in SHARDING):
             fail(
                 f'{field}.type={name!r} shards the weights, of which an equilibrium '
@@ -498,6 +500,8 @@ def check_checkpoint_sound(runner: Runner, path: str) -> None:
             )
         for name, module in model.named_modules():
             if isinstance(module, MDEQ):
+                # As the backbone itself does when it loads.
+                adapt_channels(module, state, f'{name}.')
                 check_state_dict(module, state, f'{name}.')
                 check_no_more(module, state, f'{name}.')
     except (OSError, RuntimeError, ValueError) as error:

@@ -23,6 +23,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
 from mdeq_mm.engine.hooks.checkpoint_guard_hook import guard_checkpoints
+from mdeq_mm.registry import name_of
 from mdeq_mm.utils.checkpoint import allow_runner_checkpoints
 
 DATALOADERS = ('test_dataloader',)
@@ -111,10 +112,10 @@ def set_label_image_dir(cfg: Config, out: str) -> None:
     evaluators = cfg.test_evaluator
     evaluators = list(evaluators) if isinstance(evaluators, list) else [evaluators]
     for evaluator in evaluators:
-        if str(evaluator['type']).endswith('MultiTaskMetric'):
+        if name_of(evaluator['type']) == 'MultiTaskMetric':
             seg = evaluator.get('seg', [])
             evaluators += seg if isinstance(seg, list) else [seg]
-        if evaluator['type'] in ('IoUMetric', 'mmseg.IoUMetric'):
+        if name_of(evaluator['type']) == 'IoUMetric':
             evaluator['output_dir'] = out
             return
     fail(f'--out {out!r} is a folder, which needs an IoUMetric in test_evaluator.')

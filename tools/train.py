@@ -25,6 +25,7 @@ from mmengine.logging import print_log
 from mmengine.registry import OPTIM_WRAPPERS
 
 from mdeq_mm.engine.hooks.checkpoint_guard_hook import guard_checkpoints
+from mdeq_mm.registry import name_of
 from mdeq_mm.utils.checkpoint import allow_runner_checkpoints
 from mdeq_mm.utils.saving import mend_pointer
 
@@ -73,9 +74,7 @@ def parse_args() -> argparse.Namespace:
 
 def enable_amp(cfg: Config) -> None:
     """Replace the optimiser wrapper by its mixed-precision counterpart."""
-    name = cfg.optim_wrapper.get('type', 'OptimWrapper')
-    if not isinstance(name, str):
-        name = name.__name__
+    name = name_of(cfg.optim_wrapper.get('type', 'OptimWrapper'))
     if not has_accelerator() and name in ('OptimWrapper', 'AmpOptimWrapper'):
         # mmengine's own refuses a CPU.
         name = 'EquilibriumOptimWrapper'

@@ -42,6 +42,7 @@ class FixedStepMDEQ(nn.Module):
         injection = self.injection(self.stem(images))
         state = self.iteration.begin(self.start(injection))
         _, z, residual, *_ = self.solve(injection, state)
+        z = torch.where(residual.isfinite()[:, None], z, torch.nan)
         maps = self.spec(injection).unpack(z)
         return tuple(maps[i] for i in self.out_indices), residual
 

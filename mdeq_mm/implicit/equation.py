@@ -76,6 +76,15 @@ class Equation:
         cast = self._autocast['enabled'] and self._autocast['dtype'] == torch.float16
         return cast or any(t.dtype == torch.float16 for t in self.tensors)
 
+    @property
+    def precision(self):
+        """torch.dtype | None: Coarsest type of f's numbers; None without tensors."""
+        types = {t.dtype for t in self.tensors if t.is_floating_point()}
+        if self._autocast['enabled'] and torch.float32 in types:
+            # Double precision is left as it is.
+            types.add(self._autocast['dtype'])
+        return max(types, key=lambda kind: torch.finfo(kind).eps, default=None)
+
     def map_samples(self, change):
         """The same equation with ``change`` applied to each per-sample tensor.
 

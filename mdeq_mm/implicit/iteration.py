@@ -53,9 +53,8 @@ class FixedIteration:
     """The steps of ``solver.solve`` at a tolerance of 0, all of them alike.
 
     A state is a tuple of tensors whose first dimension is the batch: the next
-    iterate z (N, D), the best one so far, its residual (N,), the first residual,
-    whether the sample is still looked at; for Anderson acceleration the history too,
-    the oldest entry first.
+    iterate z (N, D), the best one so far, its residual (N,), whether the sample is
+    still looked at; for Anderson acceleration the history too, the oldest entry first.
 
     Args:
         solver (AndersonSolver | PicardSolver): Its settings are used, not its loop.
@@ -73,7 +72,7 @@ class FixedIteration:
             start (Tensor): (N, D), finite.
         """
         endless = torch.full_like(start[:, 0], math.inf)
-        state = (start, start, endless, endless, endless > 0)
+        state = (start, start, endless, endless > 0)
         if not self.accelerated:
             return state
         n, dim = start.shape
@@ -92,19 +91,17 @@ class FixedIteration:
         Returns:
             tuple[Tensor, ...]: A state.
         """
-        z, best, least, first, running = state[:5]
+        z, best, least, running = state[:4]
         solver = self.solver
         found = residual_of(z, fz, solver.norm)
         better = running & (found < least)
         best = torch.where(better[:, None], z, best)
         least = torch.where(better, found, least)
-        first = torch.where(first.isfinite(), first, found)
         # Samples that diverged go on, and are not looked at any more.
-        grown = found > solver.growth[solver.norm] * first
-        running = running & found.isfinite() & ~grown
-        new, *history = self._advance(z, fz, *state[5:])
+        running = running & found.isfinite()
+        new, *history = self._advance(z, fz, *state[4:])
         new = torch.where(finite_rows(new)[:, None], new, fz)
-        return new, best, least, first, running, *history
+        return new, best, least, running, *history
 
     def _advance(self, z, fz, *history):
         """The next iterate and the history with this one."""

@@ -64,7 +64,9 @@ class _Calls(PerThread):
 class EquilibriumLayer(nn.Module):
     """Layer whose output is the equilibrium z* = f(z*, inputs).
 
-    In training the output is f(z*) with gradients, in evaluation z* itself.
+    In training the output is f(z*) with gradients, in evaluation z* itself. Where f
+    gave nothing finite for a sample, its output is its start in training, so that it
+    harms no other sample, and NaN in evaluation.
 
     f may be changed at any time, as any module: each forward pass takes it as it is
     (see :class:`FunctionalModule`). Several threads may call one layer.
@@ -244,6 +246,9 @@ class EquilibriumLayer(nn.Module):
         for record in self._calls.recorders:
             record(solution)
         out = tell_overflow(equation, out, solution.residual)
+        if not self.training:
+            # The best of a failed sample is its start, which would pass for a result.
+            out = torch.where(solution.residual.isfinite()[:, None], out, torch.nan)
         if self.training:
             if self.inspect is not None:
                 with torch.no_grad():

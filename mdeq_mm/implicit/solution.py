@@ -28,15 +28,15 @@ class Status(IntEnum):
 _ADVICE = {
     Status.CONVERGED: 'The residual is below the tolerance.',
     Status.STALLED: (
-        'The residual stopped falling above the tolerance: it is at the floor of '
-        'the precision f runs in, or the solver needs more memory.'
+        'The residual is at the floor of the precision that f runs in, above the '
+        'tolerance: raise tol, or run f in a wider type.'
     ),
     Status.MAX_STEPS: (
         'The limit of evaluations was reached first: raise max_steps or tol, or '
         'make f more contractive with Jacobian regularisation.'
     ),
     Status.DIVERGED: (
-        'The residual grew out of bounds or became non-finite: check inputs and '
+        'The values of f are not finite: check inputs and '
         'weights, train longer unrolled, or regularise the Jacobian.'
     ),
 }

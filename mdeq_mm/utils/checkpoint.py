@@ -15,13 +15,14 @@ import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from contextlib import contextmanager
-from urllib.error import URLError
+from http.client import HTTPException
 
 import mmengine.runner.checkpoint
 import numpy as np
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import PretrainedInit
 from mmengine.runner.checkpoint import CheckpointLoader
 
 _HTTP = ('http://', 'https://')
@@ -187,14 +188,8 @@ def load_from_http(filename, map_location=None):
     Raises:
         ValueError: If it is no checkpoint, or asks for code to be run.
     """
-    return _read(filename, lambda: _download(filename, map_location))
-
-
-def _download(address, map_location):
-    try:
-        return mmengine.runner.checkpoint.load_from_http(address, map_location)
-    except URLError as error:
-        raise _Unfit(f'it could not be downloaded ({error})') from error
+    load = mmengine.runner.checkpoint.load_from_http
+    return _read(filename, lambda: load(filename, map_location))
 
 
 def _load_checked(path, map_location):
@@ -262,6 +257,11 @@ def _read(path, load):
     except _Unfit as error:
         raise ValueError(f'{path} cannot be read as a checkpoint: {error}') from error
     except Exception as error:
+        if '://' in path and isinstance(error, OSError | HTTPException):
+            raise ValueError(
+                f'{path} cannot be read as a checkpoint: it could not be downloaded '
+                f'({error}); check the address and the network, or name a local file'
+            ) from error
         raise ValueError(
             f'{path} cannot be read as a checkpoint ({_reason(error)}): it is damaged, '
             'of another format, or holds objects that only code in the file could '
@@ -595,7 +595,10 @@ def init_pretrained(module):
         bool: Whether it was loaded.
     """
     cfg = module.init_cfg
-    if not isinstance(cfg, dict) or cfg.get('type') != 'Pretrained':
+    if not isinstance(cfg, dict) or cfg.get('type') not in (
+        'Pretrained',
+        PretrainedInit,
+    ):
         return False
     load_pretrained(module, cfg['checkpoint'], cfg.get('prefix'))
     module._is_init = True

@@ -8,7 +8,8 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 
-from ..registry import MODELS
+from ..registry import MODELS, name_of
+from ..tasks import in_scope
 from .checkpoint import check_state_dict, read_checkpoint, state_dict_of
 
 
@@ -74,12 +75,11 @@ def load_images(cfg, images):
     Returns:
         dict: A batch, for ``model.test_step``.
     """
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    dataset = cfg.test_dataloader.dataset
-    while 'pipeline' not in dataset:
-        dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
-    steps = [s for s in dataset.pipeline if _name(s) != 'LoadAnnotations']
-    readers = [s for s in steps if _name(s) == 'LoadImageFromFile']
+    dataset = first_test_dataset(cfg)
+    scope = dataset.get('_scope_') or cfg.get('default_scope', 'mmengine')
+    init_default_scope(scope)
+    steps = [s for s in dataset['pipeline'] if name_of(s['type']) != 'LoadAnnotations']
+    readers = [s for s in steps if name_of(s['type']) == 'LoadImageFromFile']
     from_file = Compose(deepcopy(steps))
     from_array = Compose(deepcopy([s for s in steps if s not in readers]))
     return pseudo_collate(
@@ -90,6 +90,27 @@ def load_images(cfg, images):
             for image in images
         ]
     )
+
+
+def first_test_dataset(cfg):
+    """Config of the innermost test data set, the first one where there are several.
+
+    Args:
+        cfg (Config): Of mmpretrain or mmseg, or of several tasks.
+
+    Returns:
+        ConfigDict | None: With its ``_scope_`` where it belongs to a task; None where
+        there is no data set with a pipeline.
+    """
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset')
+    while dataset and 'pipeline' not in dataset:
+        parts = dataset.get('datasets')
+        if isinstance(parts, dict):
+            task, part = next(iter(parts.items()))
+            dataset = in_scope(part, task)
+        else:
+            dataset = dataset.get('dataset') or (parts[0] if parts else None)
+    return dataset
 
 
 def _as_read(image, readers):
@@ -105,9 +126,3 @@ def _as_read(image, readers):
     image = image.astype(np.float32) if wide else image
     size = image.shape[:2]
     return dict(img=image, img_path=None, img_shape=size, ori_shape=size)
-
-
-def _name(step):
-    """Name of a step of a pipeline, without its scope."""
-    kind = step['type']
-    return (kind if isinstance(kind, str) else kind.__name__).split('.')[-1]

@@ -75,6 +75,9 @@ class KeepUntilWritten:
         self._outdated = {}
 
     def __getattr__(self, name):
+        # While it is copied or unpickled it has no backend yet.
+        if name == '_backend':
+            raise AttributeError(name)
         return getattr(self._backend, name)
 
     def remove(self, filepath):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 #: Most numbers in one sample's state.
 MOST = 240
 
-EXACT = dict(tol=1e-12, patience=40)
+EXACT = dict(tol=1e-12)
 GRADIENTS = (
     'ImplicitGradient',
     'PhantomGradient',
@@ -60,7 +60,6 @@ def solvers(kinds=(picard, anderson, broyden), norms=('rel', 'abs')):
         max_steps=st.integers(1, 25),
         tol=st.sampled_from([0, 1e-12, 1e-8, 1e-3, 1]),
         norm=st.sampled_from(norms),
-        patience=st.integers(1, 15),
         drop_finished=st.sampled_from([None, True, False]),
         check_every=st.integers(1, 5),
     )

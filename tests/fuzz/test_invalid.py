@@ -102,7 +102,6 @@ def solver_faults(prefix):
         'max_steps': Fault(integer(1), f'{prefix}max_steps'),
         'tol': Fault(amount(), f'{prefix}tol'),
         'norm': Fault(text(), f'{prefix}norm'),
-        'patience': Fault(integer(1), f'{prefix}patience'),
         'drop_finished': Fault(flag(optional=True), f'{prefix}drop_finished'),
         'check_every': Fault(integer(1), f'{prefix}check_every'),
         'type': Fault(kind(), f'{prefix}type'),
@@ -603,8 +602,6 @@ def test_faults_are_refused(name, count):
 
 #: What the shape of valid images (N, C, H, W) is turned into, and a word on it.
 SHAPES = {
-    'low': (lambda n, c, h, w, least: (n, c, least - 1, w), 'too small'),
-    'narrow': (lambda n, c, h, w, least: (n, c, h, least - 1), 'too small'),
     'empty': (lambda n, c, h, w, least: (n, c, 0, 0), 'too small'),
     'one image': (lambda n, c, h, w, least: (c, h, w), 'in_channels'),
     'video': (lambda n, c, h, w, least: (n, 1, c, h, w), 'in_channels'),

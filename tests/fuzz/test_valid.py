@@ -606,7 +606,6 @@ def test_shared_inverse(count):
         max_steps=st.integers(1, 6),
         tol=st.sampled_from([0, 1e-6, 1e-3, 0.1]),
         norm=st.sampled_from(['rel', 'abs']),
-        patience=st.just(10),
         drop_finished=st.sampled_from([None, True, False]),
         check_every=st.integers(1, 3),
     )

@@ -169,3 +169,16 @@ def test_refusals():
     model.backbone = nn.Sequential(model.backbone)
     with pytest.raises(ValueError, match='only a backbone of type MDEQ'):
         DeployableModel(model)
+
+
+@torch.no_grad()
+def test_a_broken_image_has_scores_of_nan_as_in_the_model():
+    model = project_classifier()
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    images[1, 0, 0, 0] = torch.nan
+    deployable = DeployableModel(model, 6, residual=True)
+    scores, residual = deployable(images)
+    model.backbone.equilibrium.eval_solver = deployable.solver
+    expected = softmax(logits_of(model, images), dim=1)
+    assert scores[1].isnan().all() and residual[1].isinf()
+    assert torch.allclose(scores, expected, rtol=1e-10, atol=1e-10, equal_nan=True)

@@ -1,9 +1,10 @@
 """Building solvers and gradients from configs."""
 
 import pytest
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 
+from mdeq_mm import implicit
 from mdeq_mm.implicit import (
     AndersonSolver,
     BroydenSolver,
@@ -12,7 +13,9 @@ from mdeq_mm.implicit import (
     build_gradient,
     build_solver,
 )
+from mdeq_mm.models import MDEQ
 from mdeq_mm.registry import SOLVERS as REGISTRY
+from mdeq_mm.registry import name_of
 from tests.helpers import logged
 
 SOLVERS = ['AndersonSolver', 'BroydenSolver', 'PicardSolver']
@@ -78,6 +81,54 @@ def test_what_is_no_config_is_refused(build, cfg):
     assert repr(cfg) in str(e.value)
     names = SOLVERS if build is build_solver else GRADIENTS
     assert all(name in str(e.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    ('build', 'name'),
+    [(build_solver, n) for n in SOLVERS] + [(build_gradient, n) for n in GRADIENTS],
+)
+def test_paths_that_mmengine_writes(build, name, tmp_path):
+    """From a config with the class itself, which is dumped beside the weights."""
+    source, dumped = tmp_path / 'config.py', tmp_path / 'dumped.py'
+    source.write_text(
+        f'from mdeq_mm.implicit import {name}\npart = dict(type={name})\n'
+    )
+    cfg = Config.fromfile(source, lazy_import=True)
+    cls = getattr(implicit, name)
+    assert type(build(cfg.part)) is cls
+    cfg.dump(dumped)
+    assert f'mdeq_mm.implicit.{name}' in dumped.read_text()
+    assert type(build(Config.fromfile(dumped).part)) is cls
+    assert type(build(dict(type=f'{cls.__module__}.{name}'))) is cls
+
+
+def test_the_path_of_a_solver_of_the_user_registers_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / 'own_solvers.py').write_text(
+        'from mdeq_mm.implicit import PicardSolver\n'
+        'from mdeq_mm.registry import SOLVERS\n\n\n'
+        '@SOLVERS.register_module()\n'
+        'class OwnSolver(PicardSolver):\n'
+        '    pass\n'
+    )
+    try:
+        solver = build_solver(dict(type='own_solvers.OwnSolver'))
+        assert type(solver).__name__ == 'OwnSolver'
+    finally:
+        REGISTRY.module_dict.pop('OwnSolver', None)
+
+
+@pytest.mark.parametrize('kind', ['mdeq_mm.models.MDEQ', 'torch.nn.Linear', 'no.Such'])
+def test_paths_of_other_things_are_refused(kind):
+    with pytest.raises(ValueError, match='is not a registered solver'):
+        build_solver(dict(type=kind))
+
+
+@pytest.mark.parametrize(
+    'kind', ['MDEQ', 'mdeq_mm.MDEQ', 'mdeq_mm.models.backbones.mdeq.MDEQ', MDEQ]
+)
+def test_name_of(kind):
+    assert name_of(kind) == 'MDEQ'
 
 
 @pytest.mark.parametrize(

@@ -110,3 +110,17 @@ class TestAutocast:
             equation(torch.ones(2, 4)).sum().backward()
         assert weight.grad is not None
         assert weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16])
+def test_precision_is_that_of_the_coarsest_tensor(dtype):
+    tensors = [torch.ones(2, 3).double(), torch.ones(2, dtype=dtype), torch.arange(2)]
+    assert Equation(lambda z, t: z, tensors).precision == dtype
+
+
+def test_precision_under_autocast_is_its_own_save_for_doubles():
+    x = torch.ones(2, 3)
+    assert Equation(lambda z, t: z).precision is None
+    with torch.autocast('cpu', torch.bfloat16):
+        assert Equation(lambda z, t: z, [x]).precision == torch.bfloat16
+        assert Equation(lambda z, t: z, [x.double()]).precision == torch.float64

@@ -69,13 +69,15 @@ def test_the_best_iterate_is_kept_where_the_last_is_worse():
 
 
 def test_a_sample_that_diverged_is_left_alone():
-    # Of 1e30, 1e60 and so on: the solver stops at the first, and so must this, though
+    # The solver stops at the first number that is not finite, and so must this, though
     # the last iterate would be an exact fixed point.
     calls = []
 
     def equation(z):
         calls.append(None)
-        grown = torch.full_like(z, 1e30) if len(calls) == 2 else z.clone()
+        grown = torch.full_like(z, math.inf) if len(calls) == 2 else z.clone()
+        if len(calls) > 2:
+            grown[0] = 7
         grown[1] = 0.5 * z[1] + 1
         return z + 1 if len(calls) == 1 else grown
 

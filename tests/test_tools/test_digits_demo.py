@@ -1,6 +1,7 @@
 """The main job, shortened: the data, three epochs of each model, the reports."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from sklearn.datasets import load_digits
 
 from mdeq_mm.utils.saved_bytes import saved_bytes, saved_bytes_per_image
@@ -157,3 +159,22 @@ def test_saved_bytes_of_a_known_graph():
         lambda n: (torch.rand(n, 10, requires_grad=True) @ w).tanh()
     )
     assert per_image == 4 * (10 + 5)
+
+
+@pytest.mark.parametrize(
+    ('load', 'given', 'expected'),
+    [(0.1, None, None), (1.2, None, '3'), (9.0, None, '1'), (9.0, '2', '2')],
+)
+def test_busy_cores_are_left_alone(monkeypatch, load, given, expected):
+    demo = load_tool('tools/demo/digits_demo.py')
+    monkeypatch.setattr(os, 'cpu_count', lambda: 4)
+    monkeypatch.setattr(os, 'getloadavg', lambda: (load, load, load))
+    # Once set, so that what the demo sets is taken back.
+    monkeypatch.setenv('OMP_NUM_THREADS', given or '4')
+    if given is None:
+        monkeypatch.delenv('OMP_NUM_THREADS')
+    console = Console(record=True, soft_wrap=True)
+    demo.limit_threads(console)
+    assert os.environ.get('OMP_NUM_THREADS') == expected
+    said = console.export_text()
+    assert ('takes' in said) == (given is None and expected is not None)

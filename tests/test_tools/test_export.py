@@ -202,12 +202,6 @@ def test_a_file_that_is_there_is_not_replaced(tool, capsys, tmp_path):
     assert f'{out} is there already' in said and '--overwrite' in said
 
 
-def test_images_that_are_too_small(tool, small, capsys, tmp_path):
-    options = ('--out', tmp_path / 'x.pt2', '--size', 2, 2, '--peer', 'none')
-    assert 'too small' in failing(tool, capsys, small[0], *options)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_wrong_opset(tool, small, capsys, tmp_path):
     needs_onnx()
     options = ('--out', tmp_path / 'x.onnx', '--opset', 9)

@@ -248,7 +248,6 @@ class TestGetFlops:
             ([DIGITS, '--shape', 0], '--shape has 0'),
             ([DIGITS, '--shape', 1, 2, 3], 'has 3 numbers'),
             ([DIGITS, '--steps', 0], '--steps is 0'),
-            ([DIGITS, '--shape', 8], 'too small for 3 branches'),
             ([SCENES], 'sets no size: give it with --shape HEIGHT WIDTH'),
             ([RESNET, '--steps', 3], '--steps is for models with an MDEQ'),
         ],

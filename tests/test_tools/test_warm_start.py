@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')
@@ -104,3 +105,23 @@ def test_folders_without_frames_are_refused(tool, case, tmp_path):
     for folder, words in ((tmp_path, 'has no images'), (tmp_path / 'x', 'not exist')):
         with pytest.raises(SystemExit, match=words):
             tool.main([*map(str, case[:2]), str(folder)])
+
+
+def test_frames_of_other_sizes_start_anew(tool, case, tmp_path, capsys):
+    """Though they belong to one sequence, as of a camera that was turned."""
+    folder = tmp_path / 'turned'
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i, size in enumerate([(30, 24), (24, 30), (24, 30), (32, 40)]):
+        image = rng.integers(0, 255, (*size, 3)).astype(np.uint8)
+        Image.fromarray(image).save(folder / f'a_{i}.png')
+    out = tmp_path / 'found.json'
+    tool.main([*map(str, case[:2]), str(folder), '--device', 'cpu', '--json', str(out)])
+    assert json.loads(out.read_text())['a']['frames'] == 4
+
+
+def test_nothing_stays_on_the_layer(tool):
+    layer = torch.nn.Identity()
+    with tool.Counter(layer):
+        assert len(layer._forward_hooks) == 1
+    assert not layer._forward_hooks

@@ -19,6 +19,7 @@ from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from torch.utils.data import ConcatDataset as TorchConcatDataset
 from torch.utils.data import IterableDataset
 
+from mdeq_mm.engine.hooks.data_guard_hook import _warn
 from mdeq_mm.utils.data_checks import (
     SampleCheck,
     check_dataset,
@@ -29,6 +30,11 @@ from mdeq_mm.utils.data_checks import (
     replaced_in,
 )
 from tests.hostile_images import DAMAGED, encoded
+
+
+class Lettered(BaseSegDataset):
+    METAINFO = dict(classes=('a', 'b', 'c'))
+
 
 SIZE = (8, 6)
 LOAD = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
@@ -488,3 +494,40 @@ def test_batches_tell_what_they_lack():
     batch = dict(data_samples=[BaseDataElement(), [sample]], inputs=[1])
     assert list(replaced_in(batch)) == [('a', 'b')]
     assert list(replaced_in(None)) == []
+
+
+def test_masks_of_0_and_255_leave_a_class_without_pixels(folder):
+    """They are what other programs write for two classes; 255 is ignored here."""
+    for path in folder.glob('labels/*.png'):
+        save(path, np.array([[0, 255] * 4] * 6, np.uint8))
+    data = dataset(folder, metainfo=dict(classes=('wall', 'crack')))
+    found = examine(data, 'train_dataloader.dataset')
+    assert not found.problems
+    assert found.classes == {'train_dataloader.dataset': {0: 5}}
+    texts = []
+    runner = SimpleNamespace(logger=SimpleNamespace(warning=texts.append))
+    _warn(runner, found, data)
+    (text,) = texts
+    assert 'no pixels of 1 of its 2 classes: crack.' in text
+    assert 'masks of 0 and 255' in text and '0 and 1' in text
+    for path in folder.glob('labels/*.png'):
+        save(path, np.array([[0, 1] * 4] * 6, np.uint8))
+    found = examine(data, 'train_dataloader.dataset')
+    assert found.classes == {'train_dataloader.dataset': {0: 5, 1: 5}}
+    _warn(runner, found, data)
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize(
+    ('options', 'classes'),
+    [
+        (dict(), {0: 5, 1: 5, 2: 5}),
+        (dict(reduce_zero_label=True), {0: 5, 1: 5}),
+        (dict(metainfo=dict(classes=('c',))), {0: 5}),
+    ],
+    ids=str,
+)
+def test_label_maps_are_counted_by_class(folder, options, classes):
+    """Whatever number a class has in the files."""
+    found = examine(dataset(folder, cls=Lettered, **options), 'd')
+    assert {k: v for k, v in found.classes['d'].items() if k != 255} == classes

@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 
-from mdeq_mm.utils.inference import load_image, load_model
+from mdeq_mm.utils.inference import first_test_dataset, load_image, load_model
 from tests.helpers import logits_of, project_classifier, project_golden
 
 MEAN = [10.0, 20.0, 30.0]
@@ -151,3 +151,24 @@ def test_annotations_are_left_out_however_they_are_named(image):
 
     init_default_scope('mmseg')
     load_image(segmentation(dict(pipeline=pipeline(LoadAnnotations))), path)
+
+
+def test_images_of_several_tasks_take_the_pipeline_of_the_first(tmp_path):
+    """Its own toolbox's, whatever the scope of the config."""
+    pytest.importorskip('mmseg', reason='mmseg is not installed')
+    path = tmp_path / 'a.png'
+    cv2.imwrite(str(path), np.full((6, 9, 3), 7, np.uint8))
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=4),
+        dict(type='PackInputs'),
+    ]
+    tasks = dict(
+        cls=dict(type='CustomDataset', pipeline=pipeline),
+        seg=dict(type='BaseSegDataset', pipeline=[dict(type='PackSegInputs')]),
+    )
+    dataset = dict(type='MultiTaskDataset', datasets=tasks)
+    cfg = Config(dict(default_scope='mmseg', test_dataloader=dict(dataset=dataset)))
+    assert first_test_dataset(cfg)['_scope_'] == 'mmpretrain'
+    assert load_image(cfg, path)['inputs'][0].shape == (3, 4, 4)
+    assert first_test_dataset(Config(dict())) is None

@@ -1,6 +1,8 @@
 """Files that are whole at every moment."""
 
+import copy
 import os
+import pickle
 
 import pytest
 import torch
@@ -143,3 +145,9 @@ def test_tells_whole_files_from_others(tmp_path):
     for cut in (0, 1, size // 2, size - 1):
         assert not is_whole(save(path, cut))
     assert not is_whole(tmp_path)
+
+
+def test_a_backend_that_keeps_files_can_be_copied():
+    for copied in (copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))):
+        backend = copied(KeepUntilWritten(LocalBackend()))
+        assert backend.join_path('a', 'b') == 'a/b'

@@ -27,11 +27,12 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
-sys.path.insert(1, osp.join(sys.path[0], 'misc'))
+sys.path.insert(1, osp.join(sys.path[0], 'analysis_tools'))
 from common import fail, iter_datasets, read_config
-from model_zoo import without_content
+from contentless import without_content
 from options import add_config_options
 
+from mdeq_mm.registry import name_of
 from mdeq_mm.utils.inference import load_model
 
 
@@ -78,7 +79,7 @@ def training_size(cfg):
     sizes = []
     for _, dataset in iter_datasets(cfg, ['train_dataloader']):
         for step in dataset.get('pipeline', []):
-            kind = str(step['type'])
+            kind = name_of(step['type'])
             if not kind.endswith(('Crop', 'Resize')):
                 continue
             size = step.get('crop_size', step.get('scale'))
@@ -86,7 +87,7 @@ def training_size(cfg):
                 sizes.append((size, size))
             elif size is not None and kind.endswith('Crop'):
                 sizes.append(tuple(size))
-            elif size is not None and kind.rpartition('.')[2] == 'Resize':
+            elif size is not None and kind == 'Resize':
                 # A width and a height, or only their limits.
                 if not step.get('keep_ratio'):
                     sizes.append(tuple(size)[::-1])

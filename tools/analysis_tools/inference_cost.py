@@ -37,6 +37,7 @@ from common import check_checkpoint_path, fail, merge_options, read_config
 from options import add_config_options
 from tables import Results
 
+from mdeq_mm.registry import name_of
 from mdeq_mm.utils.inference import load_model
 
 COLUMNS = {
@@ -120,7 +121,7 @@ def prepare(path, options):
             "'mmpretrain' or 'mmseg'."
         )
     of_backbone = 'model.backbone'
-    if cfg.model.get('backbone', {}).get('type') not in ('MDEQ', 'mdeq_mm.MDEQ'):
+    if name_of(cfg.model.get('backbone', {}).get('type')) != 'MDEQ':
         options = {
             key: value
             for key, value in (options or {}).items()

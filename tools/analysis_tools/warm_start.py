@@ -84,12 +84,18 @@ def sequences(folder, limit=None):
 
 
 class Counter:
-    """Counts the evaluations of all solves of a layer."""
+    """Counts the evaluations of all solves of a layer, as a context manager."""
 
     def __init__(self, layer):
         self.layer = layer
         self.clear()
-        layer.register_forward_hook(self._count)
+
+    def __enter__(self):
+        self.handle = self.layer.register_forward_hook(self._count)
+        return self
+
+    def __exit__(self, *error):
+        self.handle.remove()
 
     def clear(self):
         self.steps, self.residual = 0, 0.0
@@ -129,23 +135,23 @@ def run(model, cfg, frames):
         and ``residual``; and ``same``, the share of labels that agree.
     """
     backbone, layer = model.backbone, model.backbone.equilibrium
-    counter = Counter(layer)
     found = {way: dict(evaluations=[], seconds=[], residual=[]) for way in WAYS}
-    same, last = [], None
+    same, last = [], (None, None)
     for path in frames:
         batch = load_image(cfg, path)
         labels = []
         for way in WAYS:
             backbone.warm_start = way == 'warm'
             if backbone.warm_start:
-                layer.last_solution = last
-            steps, seconds, residual, label = measure(model, counter, batch)
+                layer.last_solution, layer.last_spec = last
+            with Counter(layer) as counter:
+                steps, seconds, residual, label = measure(model, counter, batch)
             entries = found[way]
             entries['evaluations'].append(steps)
             entries['seconds'].append(seconds)
             entries['residual'].append(residual)
             labels.append(label)
-        last = layer.last_solution
+        last = layer.last_solution, layer.last_spec
         same.append(float((labels[0] == labels[1]).float().mean()))
     return found | dict(same=same)
 
@@ -213,7 +219,8 @@ def main(argv=None) -> None:
         layer.eval_solver.tol = args.tol or layer.eval_solver.tol
         # The first run of all is slower than the others.
         first = next(iter(groups.values()))[0]
-        measure(model, Counter(layer), load_image(cfg, first))
+        with Counter(layer) as counter:
+            measure(model, counter, load_image(cfg, first))
         found = {}
         console = Console(stderr=True)
         for name, frames in groups.items():

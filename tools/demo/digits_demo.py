@@ -9,6 +9,7 @@ were finished or interrupted before are taken up again.
 
 import argparse
 import json
+import os
 import sys
 import time
 import warnings
@@ -107,6 +108,22 @@ def write_results(tables, out_dir):
     (out_dir / 'results.md').write_text(text)
 
 
+def limit_threads(console):
+    """Leave busy cores to what runs there, in this process and those that it starts.
+
+    Threads of one operation wait for the slowest: with more of them than idle cores,
+    the demo takes several times as long. ``OMP_NUM_THREADS`` is left as it is.
+    """
+    cores = os.cpu_count() or 1
+    free = max(1, round(cores - os.getloadavg()[0]))
+    if free < cores and 'OMP_NUM_THREADS' not in os.environ:
+        os.environ['OMP_NUM_THREADS'] = str(free)
+        console.print(
+            f'Other programs are running: the demo uses {free} of {cores} cores and '
+            'takes longer. OMP_NUM_THREADS=N sets another number.'
+        )
+
+
 def main(argv=None):
     args = parse_args(argv)
     console = Console(soft_wrap=True)
@@ -115,6 +132,7 @@ def main(argv=None):
         'About 12 minutes on one CPU core, less on two. If it is stopped, the same '
         'command goes on where it was.'
     )
+    limit_threads(console)
     write_data(console, args)
     tasks = trainings(args)
     for task, models in tasks.items():

@@ -32,6 +32,7 @@ sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 from common import check_data_roots, fail, iter_datasets, read_config, set_data_root
 from options import add_config_options
 
+from mdeq_mm.registry import name_of
 from mdeq_mm.tasks import SCOPES
 
 #: Of what each toolbox draws with, where a config does not say.
@@ -102,7 +103,7 @@ def without_steps(dataset):
         part['pipeline'] = [
             step
             for step in part.get('pipeline', [])
-            if str(step['type']).split('.')[-1].startswith(('Load', 'Pack'))
+            if name_of(step['type']).startswith(('Load', 'Pack'))
         ]
     return dataset
 

@@ -67,7 +67,7 @@ def draw_iterations(axis):
     grid = np.linspace(-0.05, 1.35, 200)
     axis.plot(grid, f(torch.tensor(grid)), color='black', label='f(z)')
     axis.plot(grid, grid, color='grey', linewidth=0.8, label='z')
-    settings = dict(max_steps=100, tol=1e-3, patience=100)
+    settings = dict(max_steps=100, tol=1e-3)
     for name, solver in (
         ('plain iteration', PicardSolver(**settings)),
         ('Anderson acceleration', AndersonSolver(**settings)),

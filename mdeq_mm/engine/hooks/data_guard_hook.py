@@ -29,6 +29,7 @@ from ...utils.data_checks import (
     replace_samples,
     replaced_in,
 )
+from ...utils.data_checks.label_maps import Labels
 
 # Problems that a process gathers where the first one ends it.
 _ENOUGH = 1000
@@ -294,14 +295,22 @@ def _warn(runner, found, dataset):
     """Tell of what is odd in training data and no reason to stop."""
     for name, part in leaves(dataset, f'{_TRAINING}.dataset'):
         counts = found.classes.get(name)
-        if not counts or hasattr(part, 'seg_map_suffix'):
+        if not counts:
             continue
         classes = getattr(part, 'metainfo', {}).get('classes') or ()
         lacking = [str(c) for label, c in enumerate(classes) if label not in counts]
         if lacking:
+            what, hint = 'samples', ''
+            if hasattr(part, 'seg_map_suffix'):
+                what = 'pixels'
+                hint = (
+                    f' Labels are {Labels(part)}: masks of 0 and 255, such as other '
+                    'programs write for two classes, have to be written as 0 and 1.'
+                )
             runner.logger.warning(
-                f'{name} has no samples of {len(lacking)} of its {len(classes)} '
+                f'{name} has no {what} of {len(lacking)} of its {len(classes)} '
                 f'classes: {", ".join(lacking[:5])}{", ..." if lacking[5:] else ""}.'
+                f'{hint}'
             )
     if found.dark:
         runner.logger.warning(

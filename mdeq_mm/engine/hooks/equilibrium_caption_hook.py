@@ -27,6 +27,8 @@ class EquilibriumCaptionHook(Hook):
     """
 
     def before_run(self, runner):
+        # A run that raised had no end, and visualizers are shared.
+        self.after_run(runner)
         visualizer = runner.visualizer
         for name in _METHODS:
             if hasattr(visualizer, name):

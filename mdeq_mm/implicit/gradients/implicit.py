@@ -1,5 +1,7 @@
 """Implicit differentiation."""
 
+from functools import partial
+
 import torch
 
 from ...registry import GRADIENTS
@@ -47,9 +49,10 @@ class ImplicitGradient(Gradient):
 
     def __call__(self, equation, start, solver, trace=False):
         solution = solver.solve(equation, start, trace=trace)
-        return equilibrium(equation, solution, self._adjoint), solution
+        adjoint = partial(self._adjoint, equation.precision)
+        return equilibrium(equation, solution, adjoint), solution
 
-    def _adjoint(self, product, grad):
+    def _adjoint(self, precision, product, grad):
         direction, norm = unit(grad)
         start = torch.zeros_like(direction)
         kept = self._last
@@ -58,7 +61,9 @@ class ImplicitGradient(Gradient):
             if last.shape == start.shape and last.device == start.device:
                 # One that was worse than zero would only mislead.
                 start = torch.where((residual < 1)[:, None], last.to(start), start)
-        solution = self.solver.solve(lambda y: product(y) + direction, start)
+        solution = self.solver.solve(
+            lambda y: product(y) + direction, start, precision=precision
+        )
         if self.warm_start:
             self._last = solution.value, solution.residual
         return solution.value * norm, solution

@@ -1,5 +1,7 @@
 """The shared inverse of forward and backward solve."""
 
+from functools import partial
+
 import torch
 
 from ...registry import GRADIENTS
@@ -55,9 +57,10 @@ class SharedInverseGradient(Gradient):
     def __call__(self, equation, start, solver, trace=False):
         solution, state = solver.solve(equation, start, trace=trace, keep_state=True)
         history = solver.history(state)
-        return equilibrium(equation, solution, self._adjoint, history), solution
+        adjoint = partial(self._adjoint, equation.precision)
+        return equilibrium(equation, solution, adjoint, history), solution
 
-    def _adjoint(self, product, grad, steps, residuals, small):
+    def _adjoint(self, precision, product, grad, steps, residuals, small):
         direction, norm = unit(grad)
         y = direction + _transposed_part(direction, steps, residuals, small)
         y = torch.where(y.isfinite().all(1, keepdim=True), y, direction)
@@ -76,7 +79,9 @@ class SharedInverseGradient(Gradient):
             # An estimate that is worse than none would only mislead the solver.
             better = (residual < 1)[:, None]
             begin = torch.where(better, refined, direction)
-            solved = self.fallback.solve(lambda y: product(y) + direction, begin)
+            solved = self.fallback.solve(
+                lambda y: product(y) + direction, begin, precision=precision
+            )
             # The others keep theirs, whatever the samples beside them need: a
             # gradient must not depend on how a batch is spread over processes.
             solution = Solution(

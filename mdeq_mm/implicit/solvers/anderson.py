@@ -36,11 +36,10 @@ class AndersonSolver(Solver):
         memory=5,
         ridge=1e-6,
         mixing=1.0,
-        patience=10,
         drop_finished=None,
         check_every=1,
     ):
-        super().__init__(max_steps, tol, norm, patience, drop_finished, check_every)
+        super().__init__(max_steps, tol, norm, drop_finished, check_every)
         check_int('memory', memory, 1)
         check_share('mixing', mixing)
         check_share('ridge', ridge)

@@ -72,8 +72,6 @@ class Solver:
             ``max_steps`` evaluations.
         norm (str): ``'rel'``, the residual is ||f(z) - z|| / ||f(z)||, or
             ``'abs'``, it is ||f(z) - z||; Euclidean norms over one sample.
-        patience (int): A sample is STALLED once its best residual fell by less
-            than 1 % over this many evaluations.
         drop_finished (bool, optional): Whether finished samples leave the batch,
             so that a batch costs the sum of its samples' evaluations. Default:
             the caller decides (:class:`EquilibriumLayer`: in evaluation on a
@@ -87,20 +85,21 @@ class Solver:
         TypeError: If an argument has the wrong type.
     """
 
-    #: A sample is DIVERGED once its residual grew by this factor.
-    growth = dict(rel=1e3, abs=1e6)
+    # A sample is STALLED once its residual, relative to f(z), is within ``floor``
+    # rounding errors of f and fell by less than 1 % over ``idle`` evaluations. Larger
+    # residuals that rest, or rise, often fall later.
+    floor = 2
+    idle = 10
 
     def __init__(
         self,
         max_steps=30,
         tol=1e-3,
         norm='rel',
-        patience=10,
         drop_finished=None,
         check_every=1,
     ):
         check_int('max_steps', max_steps, 1)
-        check_int('patience', patience, 1)
         check_int('check_every', check_every, 1)
         if not is_number(tol):
             raise TypeError(f'tol must be a number, got {tol!r}')
@@ -109,7 +108,7 @@ class Solver:
                 f'tol={tol} must be finite and at least 0; 0 runs all max_steps '
                 'evaluations'
             )
-        if not isinstance(norm, str) or norm not in self.growth:
+        if norm not in ('rel', 'abs'):
             raise ValueError(f"norm={norm!r} is unknown: use 'rel' or 'abs'")
         if drop_finished is not None and not isinstance(drop_finished, bool):
             raise TypeError(
@@ -118,7 +117,6 @@ class Solver:
         self.max_steps = int(max_steps)
         self.tol = float(tol)
         self.norm = norm
-        self.patience = int(patience)
         self.drop_finished = drop_finished
         self.check_every = int(check_every)
 
@@ -156,6 +154,7 @@ class Solver:
         drop_finished=False,
         observe=None,
         keep_state=False,
+        precision=None,
     ):
         """Find the fixed point of an equation.
 
@@ -172,6 +171,8 @@ class Solver:
                 there (n,).
             keep_state (bool): Whether to return the solver's state too; no sample
                 leaves the batch then.
+            precision (torch.dtype, optional): Coarsest type that f computes in.
+                Default: that of the equation, or that of ``start``.
 
         Returns:
             Solution: Never raises because a sample did not converge, and never
@@ -184,7 +185,8 @@ class Solver:
         z = start
         if not (_known(finite) and finite.all()):
             z = torch.where(finite[:, None], start, torch.zeros_like(start))
-        progress = _Progress(self, z)
+        precision = precision or getattr(equation, 'precision', None) or z.dtype
+        progress = _Progress(self, z, precision)
         parts = []
         rows = torch.arange(len(z), device=z.device)
         residuals = []
@@ -198,7 +200,7 @@ class Solver:
                 residuals.append(line)
             if observe is not None:
                 observe(rows, fz, residual)
-            progress.update(z, residual)
+            progress.update(z, fz, residual)
             if count == self.max_steps:
                 break
             left = None
@@ -263,23 +265,22 @@ def _known(mask):
 class _Progress:
     """Best iterate and status of the samples that are in the batch."""
 
-    def __init__(self, solver, z):
+    def __init__(self, solver, z, precision):
         self.solver = solver
+        self.floor = solver.floor * torch.finfo(precision).eps
         n = len(z)
         self.value = z
         self.residual = z.new_full((n,), math.inf)
         self.steps = torch.zeros(n, dtype=torch.int64, device=z.device)
         self.status = torch.full_like(self.steps, Status.MAX_STEPS)
         self.running = torch.ones_like(self.steps, dtype=torch.bool)
-        self.first = None
         # Residual that counts as the last progress, and evaluations since then.
         self.anchor = self.residual.clone()
         self.idle = torch.zeros_like(self.steps)
 
-    def update(self, z, residual):
-        """Take in one evaluation: residuals (N,) at z."""
+    def update(self, z, fz, residual):
+        """Take in one evaluation: f(z) (N, D) and residuals (N,) at z."""
         solver = self.solver
-        finite = residual.isfinite()
         better = self.running & (residual < self.residual)
         if _known(better) and better.all():
             # Iterates are never written to, so there is nothing to copy.
@@ -288,17 +289,18 @@ class _Progress:
             self.value = torch.where(better[:, None], z, self.value)
         self.residual = torch.where(better, residual, self.residual)
         self.steps += self.running
-        if self.first is None:
-            self.first = residual.clone()
         moved = residual < 0.99 * self.anchor
         self.anchor = torch.where(moved, residual, self.anchor)
         self.idle = torch.where(moved, torch.zeros_like(self.idle), self.idle + 1)
 
-        diverged = ~finite | (residual > solver.growth[solver.norm] * self.first)
-        ends = [(diverged, Status.DIVERGED)]
+        ends = [(~residual.isfinite(), Status.DIVERGED)]
         if solver.tol > 0:
+            floor = self.floor
+            if solver.norm == 'abs':
+                floor = floor * torch.linalg.vector_norm(fz, dim=1)
+            stalled = (self.idle >= solver.idle) & (self.residual <= floor)
             ends += [
-                (self.idle >= solver.patience, Status.STALLED),
+                (stalled, Status.STALLED),
                 (residual <= solver.tol, Status.CONVERGED),
             ]
         done = torch.zeros_like(self.running)
@@ -311,7 +313,7 @@ class _Progress:
     def take(self, index):
         new = object.__new__(type(self))
         for key, value in vars(self).items():
-            setattr(new, key, value if key == 'solver' else value[index])
+            setattr(new, key, value[index] if torch.is_tensor(value) else value)
         return new
 
     def fields(self, rows, mask=None):

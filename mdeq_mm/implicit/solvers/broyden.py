@@ -35,11 +35,10 @@ class BroydenSolver(Solver):
         tol=1e-3,
         norm='rel',
         memory=None,
-        patience=10,
         drop_finished=None,
         check_every=1,
     ):
-        super().__init__(max_steps, tol, norm, patience, drop_finished, check_every)
+        super().__init__(max_steps, tol, norm, drop_finished, check_every)
         if memory is not None:
             check_int('memory', memory, 1)
         self.memory = memory

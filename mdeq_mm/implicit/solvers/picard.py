@@ -24,11 +24,10 @@ class PicardSolver(Solver):
         tol=1e-3,
         norm='rel',
         damping=1.0,
-        patience=10,
         drop_finished=None,
         check_every=1,
     ):
-        super().__init__(max_steps, tol, norm, patience, drop_finished, check_every)
+        super().__init__(max_steps, tol, norm, drop_finished, check_every)
         check_share('damping', damping)
         self.damping = float(damping)
 

@@ -19,6 +19,7 @@ from ...utils.checkpoint import check_no_more, check_state_dict, init_pretrained
 from ..checks import check_init, check_norm
 from ..layers import MultiscaleFunction, channel_mask
 from .arch import build_arch
+from .pretrained import adapt_channels, whence
 
 
 @MODELS.register_module()
@@ -53,7 +54,8 @@ class MDEQ(BaseModule):
         pretrained (str, optional): Checkpoint to start from; as
             ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
         init_cfg (dict | list[dict], optional): Initialisation. With
-            ``type='Pretrained'``, files that do not fit are an error.
+            ``type='Pretrained'``, files that do not fit are an error, save that the
+            first convolution is adapted to other channels of the images.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -92,6 +94,7 @@ class MDEQ(BaseModule):
         init_cfg=None,
     ):
         super().__init__(_init_cfg(pretrained, init_cfg))
+        self.pretrained = pretrained
         if drop_rate is not None:
             if not is_number(drop_rate) or not 0 <= drop_rate < 1:
                 raise ValueError(
@@ -148,6 +151,7 @@ class MDEQ(BaseModule):
         self.equilibrium = EquilibriumLayer(
             f, solver, gradient, eval_solver, recompute=with_cp
         )
+        self.register_load_state_dict_pre_hook(adapt_channels)
         self.register_load_state_dict_pre_hook(check_state_dict)
         self.register_load_state_dict_pre_hook(check_no_more)
         self._freeze()
@@ -159,15 +163,22 @@ class MDEQ(BaseModule):
 
     def init_weights(self):
         """Initialise, or load the checkpoint that ``init_cfg`` names."""
-        if not init_pretrained(self):
+        try:
+            loaded = init_pretrained(self)
+        except (FileNotFoundError, RuntimeError, ValueError) as error:
+            if self.pretrained is None:
+                raise
+            raise type(error)(f'{error}. {whence(self.pretrained)}') from error
+        if not loaded:
             super().init_weights()
 
     def forward(self, x):
         """Find the equilibrium of a batch of images.
 
         Args:
-            x (Tensor): (N, in_channels, H, W); sides of at least
-                ``2 ** (downsample_times + branches - 1)`` pixels.
+            x (Tensor): (N, in_channels, H, W). Sides below
+                ``2 ** (downsample_times + branches - 1)`` pixels leave maps of one
+                pixel at the lowest resolutions.
 
         Returns:
             tuple[Tensor]: The branches of ``out_indices``, (N, C_i, H_i, W_i),
@@ -175,7 +186,7 @@ class MDEQ(BaseModule):
             halved and rounded up.
 
         Raises:
-            ValueError: If the images are too small.
+            ValueError: If the images have no pixels, or norms would be of one number.
         """
         self._check_images(x)
         injection = self.injection(self.stem(x))
@@ -207,12 +218,12 @@ class MDEQ(BaseModule):
         size, least = x.shape[2:], self.arch.min_size
         # Where a group is one channel, the norm of one pixel would be left.
         single = self.arch.num_groups in self.arch.channels and max(size) <= least
-        if min(size) < least or single:
+        if min(size) < 1 or single:
             raise ValueError(
                 f'images of {size[0]}x{size[1]} pixels are too small for '
                 f'{len(self.arch.channels)} branches after '
                 f'{self.arch.downsample_times} halvings: use '
-                f'{"more than" if single else "at least"} {least} a side, or fewer '
+                f'{f"more than {least}" if single else "at least 1"} a side, or fewer '
                 'branches'
             )
 
@@ -239,7 +250,11 @@ class MDEQ(BaseModule):
             return start
         if last.value.device != start[0].device:
             return start
-        sound = last.residual < 1
+        # A residual as large as the equilibrium itself, and zero is the better start.
+        scale = 1
+        if self.equilibrium.eval_solver.norm == 'abs':
+            scale = torch.linalg.vector_norm(last.value, dim=1)
+        sound = last.residual < scale
         value = torch.where(sound[:, None], last.value, torch.zeros_like(last.value))
         return [
             torch.empty_like(zero, dtype=value.dtype).copy_(m)
@@ -308,7 +323,8 @@ def _init_cfg(pretrained, init_cfg):
     if pretrained is not None:
         if init_cfg is not None:
             raise ValueError(
-                f'pretrained={pretrained!r} and init_cfg are both given: keep init_cfg'
+                f'pretrained={pretrained!r} and init_cfg are both given: keep '
+                f'init_cfg. {whence(pretrained)}'
             )
         if not isinstance(pretrained, str):
             raise TypeError(f'pretrained must be a path or URL, got {pretrained!r}')

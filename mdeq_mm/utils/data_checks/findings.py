@@ -34,7 +34,8 @@ class Findings:
         images (int): Number of other samples whose images were.
         problems (list[Problem]): In the order of the samples.
         sizes (dict[str, int]): Number of samples of each data set.
-        classes (dict[str, Counter]): How many samples of each label a data set has.
+        classes (dict[str, Counter]): How many samples of each label a data set
+            has, or label maps with pixels of it.
         dark (list[str]): Images of 16 bits that become almost black.
     """
 

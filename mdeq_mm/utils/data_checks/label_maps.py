@@ -27,6 +27,7 @@ class Labels:
         if getattr(dataset, 'reduce_zero_label', False):
             first, others = 1, others | {0}
         self.known = count > 0
+        self.chosen = getattr(dataset, 'label_map', None) or {}
         self.first, self.last = first, first + count - 1
         self.others = sorted(others)
 
@@ -37,8 +38,13 @@ class Labels:
             said += f', or {others} for pixels to ignore'
         return said
 
-    def stray(self, image):
-        """The first label that is none of these, and its number of pixels."""
+    def stray(self, image, classes):
+        """The first label that is none of these, and its number of pixels.
+
+        Args:
+            image (PIL.Image.Image): A label map.
+            classes (Counter): Takes 1 for each class that has a pixel in it.
+        """
         if image.mode in ('L', 'P'):
             counts = np.array(image.histogram())
             values = counts.nonzero()[0]
@@ -47,12 +53,14 @@ class Labels:
             values, counts = np.unique(np.asarray(image), return_counts=True)
         bad = (values < self.first) | (values > self.last)
         bad &= ~np.isin(values, self.others)
+        for value in values[~np.isin(values, self.others)].tolist():
+            classes[self.chosen.get(value, value - self.first)] += 1
         if not self.known or not bad.any():
             return None, 0
         return values[bad][0], counts[bad][0]
 
 
-def check_label_map(info, labels, backend, loader):
+def check_label_map(info, labels, backend, loader, classes):
     """Check one label map.
 
     Args:
@@ -61,6 +69,7 @@ def check_label_map(info, labels, backend, loader):
         backend (dict, optional): ``backend_args`` of the data set.
         loader (LoadImageFromFile, optional): What loads its image; None for images
             of other kinds, such as of many channels, which are not looked at.
+        classes (Counter): Takes 1 for each class that has a pixel in it.
 
     Raises:
         FileNotFoundError: If the image or the label map is missing.
@@ -80,7 +89,7 @@ def check_label_map(info, labels, backend, loader):
     ):
         found, channels = label_map.size, len(label_map.getbands())
         if labels is not None and channels == 1:
-            label, pixels = labels.stray(label_map)
+            label, pixels = labels.stray(label_map, classes)
     if channels > 1:
         raise ValueError(
             f'{path} has {channels} channels, and a label map has one: write the label '

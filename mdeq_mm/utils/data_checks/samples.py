@@ -96,7 +96,9 @@ class SampleCheck:
         path = info.get('img_path')
         if self.maps and info.get('seg_map_path'):
             result.label_maps += 1
-            check_label_map(info, self.labels, self.backend, self.loader)
+            check_label_map(
+                info, self.labels, self.backend, self.loader, result.classes
+            )
         elif self.local and (self.images or whole):
             # Several images a sample, or files that are elsewhere.
             if not isinstance(path, str | os.PathLike) or '://' in str(path):

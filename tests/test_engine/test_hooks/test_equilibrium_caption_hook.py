@@ -132,3 +132,23 @@ def test_the_text_can_be_read_whatever_the_image(width, lines):
 
 def test_it_is_a_hook():
     assert issubclass(EquilibriumCaptionHook, Hook)
+
+
+def test_a_run_that_raised_is_followed_by_another(case, tmp_path):
+    """With the same visualizer, which the first could not give back."""
+    visualizer, draw, sample = case
+    draw(sample)
+    _, plain = drawn(tmp_path)
+    EquilibriumCaptionHook().before_run(Runner(visualizer))
+    hook = EquilibriumCaptionHook()
+    hook.before_run(Runner(visualizer))
+    draw(told(sample))
+    height = drawn(tmp_path)[1].shape[0]
+    single = EquilibriumCaptionHook()
+    hook.after_run(Runner(visualizer))
+    single.before_run(Runner(visualizer))
+    draw(sample)
+    assert height == drawn(tmp_path)[1].shape[0] > plain.shape[0]
+    single.after_run(Runner(visualizer))
+    draw(sample)
+    np.testing.assert_array_equal(drawn(tmp_path)[1], plain)

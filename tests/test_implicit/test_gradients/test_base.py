@@ -92,7 +92,7 @@ def test_implicit_gradient_needs_no_contraction(radius):
     """It is exact wherever both solves converge."""
     equation = tanh(3, 10, radius)
     incoming = torch.randn(3, 10).double()
-    solver = BroydenSolver(max_steps=300, tol=1e-13, patience=100)
+    solver = BroydenSolver(max_steps=300, tol=1e-13)
     out, solution = ImplicitGradient(solver)(equation, start_of(equation), solver)
     assert solution.converged.all()
     slope = 1 - solution.value.square()

@@ -88,9 +88,7 @@ def test_memory_of_one_is_the_damped_iteration():
 def test_linear_problems_end_after_dim_steps(dim, radius):
     """With enough memory it is GMRES, contractive or not."""
     equation, expected = affine(2, dim, radius)
-    solver = AndersonSolver(
-        dim + 2, 1e-6, memory=dim + 1, ridge=1e-13, norm='abs', patience=100
-    )
+    solver = AndersonSolver(dim + 2, 1e-6, memory=dim + 1, ridge=1e-13, norm='abs')
     solution = solver.solve(equation, torch.zeros_like(expected), trace=True)
     # dim + 1 evaluations span the whole space, one more measures the result.
     assert solution.converged.all(), solution.trace
@@ -155,7 +153,7 @@ class TestSingularSystems:
             lambda z, t: torch.cat([equation(z, t)[:1], z[1:] + 1]),
             equation.tensors,
         )
-        solver = AndersonSolver(60, 1e-10, memory=5, patience=60)
+        solver = AndersonSolver(60, 1e-10, memory=5)
         solution = solver.solve(mixed, torch.zeros_like(expected))
         assert solution.converged.tolist() == [True, False]
         torch.testing.assert_close(solution.value[0], expected[0], rtol=1e-8, atol=1e-8)
@@ -172,8 +170,8 @@ def test_memory_bounds_what_is_stored():
 def test_acceleration_beats_the_plain_iteration():
     equation, expected = affine(3, 30, radius=0.98)
     start = torch.zeros_like(expected)
-    plain = PicardSolver(3000, 1e-8, patience=3000).solve(equation, start)
-    solution = AndersonSolver(3000, 1e-8, memory=8, patience=500).solve(equation, start)
+    plain = PicardSolver(3000, 1e-8).solve(equation, start)
+    solution = AndersonSolver(3000, 1e-8, memory=8).solve(equation, start)
     assert plain.converged.all()
     assert solution.converged.all()
     assert solution.steps.max() < 0.5 * plain.steps.min()

@@ -53,6 +53,6 @@ def test_damping_converges_where_the_plain_iteration_diverges():
 def test_solution_does_not_depend_on_damping():
     equation, expected = affine(radius=0.5)
     for damping in (1.0, 0.6, 0.3):
-        solver = PicardSolver(500, 1e-12, damping=damping, patience=50)
+        solver = PicardSolver(500, 1e-12, damping=damping)
         solution = solver.solve(equation, torch.zeros_like(expected))
         torch.testing.assert_close(solution.value, expected, rtol=1e-9, atol=1e-9)

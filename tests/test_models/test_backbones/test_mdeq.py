@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import pickle
 
 import pytest
@@ -241,10 +242,9 @@ class TestForward:
     @pytest.mark.parametrize(
         ('arch', 'size', 'least'),
         [
-            ('small', (31, 64), 32),
-            ('small', (64, 16), 32),
-            ('cifar-tiny', (1, 8), 2),
-            (TINY, (7, 7), 8),
+            ('small', (0, 64), 1),
+            # Where a group is one channel, a map of one pixel is a single number.
+            (dict(channels=(4, 8), num_groups=4, downsample_times=1), (3, 4), 4),
         ],
     )
     def test_images_that_are_too_small_are_refused(self, arch, size, least):
@@ -645,8 +645,10 @@ class TestCompanions:
         other = copy.deepcopy(backbone)
         assert other.last_solution is not backbone.last_solution
         with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.zero_()
+            for name, parameter in other.named_parameters():
+                # Directions of weight normalisation have no value of zero.
+                if not name.endswith('original1'):
+                    parameter.zero_()
             assert other.eval()(images)[0].eq(0).all()
             assert backbone.eval()(images)[0].ne(0).any()
 
@@ -801,3 +803,37 @@ def test_channels_last_through_the_whole_solve(warm):
     assert formats and not any(formats)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_a_broken_image_gives_nan_in_evaluation(grad):
+    """As of any other backbone; the images beside it keep their features."""
+    backbone = project_classifier().backbone.eval()
+    images = project_golden()['input'].double()
+    with torch.set_grad_enabled(grad):
+        expected = backbone(images)
+        images = torch.cat([images[:1], images[:1] * torch.nan, images[1:]])
+        found = backbone(images)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine[1].isnan().all()
+        assert relative(mine[[0, 2, 3]], theirs) < 1e-9
+    assert backbone.last_solution.value.isfinite().all()
+
+
+@pytest.mark.parametrize('size', [(9, 200), (20, 20), (1, 40), (5, 3)])
+def test_images_thinner_than_the_coarsest_pixel(size):
+    """Their coarsest maps have one pixel a side, and nothing else is special."""
+    arch = dict(channels=(8, 16, 16, 32), num_groups=4, expansion=1)
+    backbone = MDEQ(arch).double()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    for mode in (True, False):
+        maps = backbone.train(mode)(images)
+        height, width = (math.ceil(side / 4) for side in size)
+        for m in maps:
+            assert m.shape[2:] == (height, width)
+            assert m.isfinite().all()
+            height, width = -(-height // 2), -(-width // 2)
+    with torch.no_grad():
+        alone = backbone(images[:1])
+    for m, one in zip(maps, alone, strict=True):
+        assert relative(one, m[:1]) < 1e-9

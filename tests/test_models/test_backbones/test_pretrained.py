@@ -2,13 +2,15 @@
 
 import re
 import warnings
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
-from mmengine.runner import load_checkpoint
+from mmengine.runner import CheckpointLoader, load_checkpoint
 
 from mdeq_mm.models import MDEQ
-from tests.helpers import logged
+from tests.helpers import load_tool, logged
 
 ARCH = dict(channels=(8, 16), num_groups=4, expansion=2, downsample_times=1)
 
@@ -300,3 +302,93 @@ class TestLoadingByTheToolboxes:
         del whole['backbone.injection.0.conv.weight']
         with pytest.raises(RuntimeError, match=r'backbone\.injection\.0\.conv\.weight'):
             load_checkpoint(model, save(whole), strict=False)
+
+
+class TestOtherChannels:
+    """A checkpoint of colour images into a model of other ones."""
+
+    @pytest.mark.parametrize('channels', [1, 2, 4, 6])
+    def test_the_first_convolution_is_adapted(self, state, save, channels):
+        path = save(state)
+        with logged() as texts:
+            backbone = load(path, in_channels=channels)
+        assert any(f'adapted to in_channels={channels}' in text for text in texts)
+        key = 'stem.0.conv.weight'
+        own = backbone.state_dict()
+        found, expected = own.pop(key), state[key]
+        assert all(torch.equal(value, state[name]) for name, value in own.items())
+        if channels == 1:
+            assert torch.equal(found, expected.sum(1, keepdim=True))
+        else:
+            assert torch.equal(found[:, 0], expected[:, 0] * (3 / channels))
+        if channels in (1, 6):
+            # Grey images get what they got as colour ones.
+            torch.testing.assert_close(found.sum(1), expected.sum(1))
+
+    def test_as_load_from_does(self, state, save):
+        model = torch.nn.ModuleDict(dict(backbone=make(in_channels=4)))
+        path = save({f'backbone.{key}': value for key, value in state.items()})
+        load_checkpoint(model, path)
+        own = model.backbone.state_dict()
+        key = 'injection.0.conv.weight'
+        assert torch.equal(own[key], state[key])
+        assert own['stem.0.conv.weight'].shape[1] == 4
+        # The file's own are left as they were.
+        assert state['stem.0.conv.weight'].shape[1] == 3
+
+    def test_as_the_tools_start_from_it(self, state, save):
+        common = load_tool('tools/common.py')
+        model = torch.nn.ModuleDict(dict(backbone=make(in_channels=4)))
+        state = {f'backbone.{key}': value for key, value in state.items()}
+        runner = SimpleNamespace(model=model)
+        common.check_checkpoint_sound(runner, save(state))
+        del state['backbone.injection.0.conv.weight']
+        with pytest.raises(SystemExit):
+            common.check_checkpoint_sound(runner, save(state))
+
+    def test_other_shapes_stay_an_error(self, state, save):
+        state['stem.0.conv.weight'] = state['stem.0.conv.weight'][:4]
+        with pytest.raises(RuntimeError, match=r'stem\.0\.conv\.weight has shape'):
+            load(save(state), in_channels=4)
+
+
+class TestInheritedPretrained:
+    """The weights of another backbone, which a base config brings."""
+
+    def refusal(self, pretrained, error):
+        with pytest.warns(DeprecationWarning):
+            backbone = make(pretrained=pretrained)
+        with pytest.raises(error) as found:
+            backbone.init_weights()
+        message = str(found.value)
+        assert f'pretrained={pretrained!r}' in message
+        assert 'write model=dict(pretrained=None)' in message
+        return message
+
+    def test_that_is_of_another_backbone(self, save):
+        path = save(dict(conv1=torch.ones(2)))
+        assert 'lacks' in self.refusal(path, RuntimeError)
+
+    def test_that_is_not_there(self, tmp_path):
+        message = self.refusal(str(tmp_path / 'no.pth'), FileNotFoundError)
+        assert 'does not exist' in message
+
+    @pytest.mark.parametrize(
+        'error', [URLError('no route'), ConnectionResetError('reset'), TimeoutError()]
+    )
+    @pytest.mark.parametrize(
+        'address', ['open-mmlab://msra/hrnetv2_w18', 'https://example.com/a.pth']
+    )
+    def test_that_cannot_be_downloaded(self, monkeypatch, error, address):
+        def fail(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', fail)
+        monkeypatch.setattr('mmengine.runner.checkpoint.load_from_http', fail)
+        message = self.refusal(address, ValueError)
+        assert 'could not be downloaded' in message
+        assert 'damaged' not in message
+
+    def test_beside_init_cfg(self):
+        with pytest.raises(ValueError, match=r'model=dict\(pretrained=None\)'):
+            make(pretrained='a.pth', init_cfg=dict(type='Normal', layer='Conv2d'))

@@ -109,3 +109,22 @@ def test_the_state_before_is_put_where_it_belongs(change):
                 torch.testing.assert_close(start, found)
                 assert start.is_contiguous(memory_format=torch.channels_last)
             assert backbone.last_solution.steps.max() <= 2
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1e3])
+def test_an_absolute_residual_is_compared_with_the_equilibrium(images, scale):
+    """It is a good start where it is small beside z*, whatever its own size."""
+    backbone = project_classifier(eval_solver=SOLVER | dict(norm='abs')).backbone
+    backbone.warm_start = True
+    solve(backbone, images)
+    last = backbone.last_solution
+    sizes = torch.linalg.vector_norm(last.value, dim=1)
+    starts = []
+    backbone.equilibrium.register_forward_pre_hook(
+        lambda layer, args: starts.append([m.clone() for m in args[0]])
+    )
+    # As the solver would leave them: above 1 and good, below 1 and worse than zero.
+    last.value *= scale
+    last.residual = sizes * scale * torch.tensor([0.01, 1.5]).double()
+    solve(backbone, images)
+    assert all(m[0].any() and not m[1].any() for m in starts[0])

@@ -4,7 +4,6 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import mmpretrain.models  # noqa: F401  registers the peers
 import torch
@@ -12,13 +11,13 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-import mdeq_mm
 from mdeq_mm.registry import MODELS
 from mdeq_mm.utils.checkpoint import read_checkpoint, state_dict_of
+from mdeq_mm.zoo.index import zoo_root
 
 from .torchdeq_layer import TorchDEQLayer
 
-MODEL_CONFIGS = Path(mdeq_mm.__file__).parents[1] / 'configs/_base_/models'
+MODEL_CONFIGS = zoo_root() / 'configs/_base_/models'
 SIZES = {
     'cifar-tiny': 'mdeq_tiny_cifar.py',
     'cifar-large': 'mdeq_large_cifar.py',

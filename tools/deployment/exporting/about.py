@@ -5,14 +5,15 @@ from mmengine.registry import MODELS, init_default_scope
 
 import mdeq_mm
 from mdeq_mm.deployment.model import image_preprocessor, normalisation
+from mdeq_mm.utils.inference import first_test_dataset
 
-from .images import dataset_class, test_dataset
+from .images import dataset_class
 
 
 def classes_of(cfg, model):
     """Names of the classes, or None where neither checkpoint nor config has them."""
     head = getattr(model, 'head', None) or model.decode_head
-    settings = test_dataset(cfg) or {}
+    settings = first_test_dataset(cfg) or {}
     sources = [model.dataset_meta, settings.get('metainfo') or {}]
     if 'type' in settings:
         sources.append(getattr(dataset_class(cfg), 'METAINFO', {}))

@@ -10,35 +10,28 @@ from mmengine.registry import DATASETS, init_default_scope
 from torch.nn.functional import interpolate
 
 from mdeq_mm.deployment.model import image_preprocessor
-from mdeq_mm.utils.inference import load_image
+from mdeq_mm.registry import name_of
+from mdeq_mm.utils.inference import first_test_dataset, load_image
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
-
-
-def test_dataset(cfg):
-    """The config of the innermost test data set, or None."""
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset')
-    while dataset and 'pipeline' not in dataset:
-        parts = dataset.get('datasets')
-        dataset = dataset.get('dataset') or (parts[0] if parts else None)
-    return dataset
 
 
 def dataset_class(cfg):
     """The class of the test data set."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     # Unlike get(), this imports what the toolbox registers.
-    with DATASETS.switch_scope_and_registry(None) as registry:
-        return registry.get(test_dataset(cfg)['type'])
+    dataset = first_test_dataset(cfg)
+    with DATASETS.switch_scope_and_registry(dataset.get('_scope_')) as registry:
+        return registry.get(dataset['type'])
 
 
 def size_of(cfg):
     """Height and width that the test pipeline ends with, or None where it is open."""
     found = None
-    for step in (test_dataset(cfg) or {}).get('pipeline', []):
-        name = step['type'] if isinstance(step['type'], str) else step['type'].__name__
+    for step in (first_test_dataset(cfg) or {}).get('pipeline', []):
+        name = name_of(step['type'])
         size = step.get('crop_size' if name.endswith('Crop') else 'scale')
-        if name.split('.')[-1] in ('CenterCrop', 'Resize') and size is not None:
+        if name in ('CenterCrop', 'Resize') and size is not None:
             # mmcv gives width and height.
             found = (size, size) if isinstance(size, int) else tuple(size)[::-1]
     if found is None:
@@ -91,7 +84,7 @@ def _spread(items, count):
 
 def _of_dataset(cfg, count):
     """Batches of one image of the test set; empty where it cannot be read."""
-    settings = deepcopy(test_dataset(cfg))
+    settings = deepcopy(first_test_dataset(cfg))
     if not settings:
         return []
     try:
