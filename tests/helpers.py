@@ -196,6 +196,17 @@ def gradient_of(name, **options):
 EXACT = dict(type='BroydenSolver', max_steps=60, tol=1e-13)
 
 
+def official(backbone):
+    """The config of a backbone as the official models have it.
+
+    Args:
+        backbone (dict): With ``arch`` as a dict or the name of a preset.
+    """
+    arch = backbone['arch']
+    arch = dict(preset=arch) if isinstance(arch, str) else dict(arch)
+    return backbone | dict(arch=arch | dict(injection='first'), out_norm_cfg=None)
+
+
 def build(cfg):
     init_default_scope('mmpretrain')
     pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')
@@ -207,9 +218,12 @@ def build(cfg):
 @cache
 def project_golden():
     """The project's own golden numbers; made by tools/misc/make_golden.py."""
-    return torch.load(
+    golden = torch.load(
         Path(__file__).parent / 'golden' / 'mdeq_tiny.pt', weights_only=True
     )
+    # Of a model as the official ones are.
+    config = golden['config'] | dict(backbone=official(golden['config']['backbone']))
+    return golden | dict(config=config)
 
 
 def classifier(config, state, **backbone):
@@ -290,16 +304,18 @@ def official_classifier(**backbone):
     channels = config['num_channels']
     model = dict(
         type='ImageClassifier',
-        backbone=dict(
-            type='MDEQ',
-            arch=dict(
-                channels=channels,
-                num_groups=config['num_groups'],
-                expansion=config['expansion'],
-                downsample_times=config['downsample_times'],
-                post_gn_affine=config['post_gn_affine'],
-                weight_norm=config['weight_norm'],
-            ),
+        backbone=official(
+            dict(
+                type='MDEQ',
+                arch=dict(
+                    channels=channels,
+                    num_groups=config['num_groups'],
+                    expansion=config['expansion'],
+                    downsample_times=config['downsample_times'],
+                    post_gn_affine=config['post_gn_affine'],
+                    weight_norm=config['weight_norm'],
+                ),
+            )
         ),
         neck=[
             dict(
@@ -379,8 +395,7 @@ def official_segmentor(**backbone):
         segmentor_config(
             config['num_channels'],
             config['num_classes'],
-            arch=arch,
-            **(exact | backbone),
+            **(official(dict(arch=arch)) | exact | backbone),
         )
     ).double()
     # In double precision already, in which the folded bias is.
@@ -416,7 +431,7 @@ def pack(maps):
 def equation_of(backbone, images):
     """The equation of a backbone for images, and a state of zeros."""
     with torch.no_grad():
-        injection = backbone.injection(backbone.stem(images))
-        start = backbone._start(injection)
-        equation = backbone.equilibrium.equation(start, injection)
+        injections = backbone.inject(images)
+        start = backbone._start(injections[0])
+        equation = backbone.equilibrium.equation(start, *injections)
     return equation, pack(start)

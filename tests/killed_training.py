@@ -43,8 +43,8 @@ def config(data_root, work_dir, by_epoch=True, workers=0, exact=True, **options)
     )
     cfg.model.backbone.update(warm_start=True, in_channels=3)
     cfg.data_preprocessor.update(mean=[78.0] * 3, std=[96.0] * 3)
-    cfg.model.neck[0].update(in_channels=(8, 8), head_channels=(2, 2), out_channels=8)
-    cfg.model.head.in_channels = 8
+    cfg.model.neck.in_channels = (8, 8)
+    cfg.model.head.in_channels = 16
     loader = cfg.train_dataloader
     loader.update(
         batch_size=4, num_workers=workers, persistent_workers=workers > 0,

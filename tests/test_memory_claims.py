@@ -79,7 +79,8 @@ class TestAtTheRealSize:
 
     def test_of_the_backbone_with_the_reversible_gradient(self):
         found = kept(model_of(REVERSIBLE), 'backbone')
-        assert found <= 10 * MB
+        # The official model's 10 MB, and what the output norms keep.
+        assert found <= 10 * MB + STATE
         # Two states in double precision and the start, in place of the solution.
         again = kept(model_of(again=True), 'backbone')
         assert found - again == 4 * STATE
@@ -96,7 +97,8 @@ class TestAtTheRealSize:
         'gradient', [IMPLICIT, PHANTOM], ids=['implicit', 'phantom']
     )
     def test_of_the_whole_model_without_recomputation(self, gradient):
-        assert 24 * MB < kept(model_of(gradient)) <= 33 * MB
+        # The official model's 33 MB, and what output norms and injections keep.
+        assert 24 * MB < kept(model_of(gradient)) <= 33 * MB + 2 * STATE
 
     def test_statistics_are_updated_once(self):
         plain, again = model_of(), model_of(again=True)
@@ -105,9 +107,9 @@ class TestAtTheRealSize:
         for model in (plain, again):
             logits_of(model, images).square().mean().backward()
         norms = {k: m for k, m in plain.named_modules() if isinstance(m, _BatchNorm)}
-        # Stem and injection; neck: three of each bottleneck and its shortcut where
-        # the widths differ, one of each convolution.
-        assert len(norms) == 3 + 4 * (3 + 1) + 3 + 1
+        # Stem, injection and outputs; neck: three of each bottleneck and its shortcut
+        # where the widths differ, one of each convolution; pooled features.
+        assert len(norms) == 2 + 4 + 4 + 4 * (3 + 1) + 3 + 1 + 1
         for name, norm in norms.items():
             other = again.get_submodule(name)
             assert norm.num_batches_tracked == other.num_batches_tracked == 1, name

@@ -278,7 +278,6 @@ def train_tool(monkeypatch, tmp_path, data_root):
             'train_dataloader.batch_size': 2,
             'train_cfg.max_epochs': epochs,
             'default_hooks.logger.interval': 1,
-            'default_hooks.warmup.end': 1,
             'randomness.seed': 0,
         } | options
         monkeypatch.setattr(sys, 'argv', [

@@ -68,4 +68,4 @@ def test_predicts_at_once(repo_root):
     model = mdeq_mm.get_model('mdeq-digits', pretrained=True, device='cpu')
     inferencer = ImageClassificationInferencer(model)
     (result,) = inferencer(str(repo_root / 'docs' / 'images' / 'digit.png'))
-    assert result['pred_class'] == '1' and result['pred_score'] > 0.9
+    assert result['pred_class'] == '1' and result['pred_score'] > 0.5

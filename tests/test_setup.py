@@ -100,7 +100,7 @@ class TestRequirements:
 
 class TestPackage:
     def test_installed_metadata(self):
-        assert version('mdeq_mm') == mdeq_mm.__version__ == '0.1.0'
+        assert version('mdeq_mm') == mdeq_mm.__version__ == '0.2.0'
         plain = [line for line in requires('mdeq_mm') if 'extra ==' not in line]
         assert plain == ['torch>=2.6']
         extra = [line for line in requires('mdeq_mm') if SET.match(line)]
@@ -123,7 +123,7 @@ class TestPackage:
         for what in ('.', '.[onedl]') if STACK == 'onedl' else ('.',):
             found = run(sys.executable, *command, what, cwd=copy, env=clean_pip())
             assert found.returncode == 0, found.stderr
-            assert re.findall(r'Would install (.*)', found.stdout) == ['mdeq_mm-0.1.0']
+            assert re.findall(r'Would install (.*)', found.stdout) == ['mdeq_mm-0.2.0']
 
     def test_version_is_read_without_importing_the_package(self, copy):
         code = (
@@ -133,7 +133,7 @@ class TestPackage:
             'assert "mdeq_mm" not in sys.modules'
         )
         found = run(sys.executable, '-W', 'ignore', '-c', code, cwd=copy)
-        assert found.stdout.split() == ['0.1.0'], found.stderr
+        assert found.stdout.split() == ['0.2.0'], found.stderr
 
     def test_wheel_and_sdist_ship_configs_and_tools(self, copy, tmp_path):
         for name in ('.ruff_cache/CACHEDIR.TAG', '__pycache__/runtime.pyc'):
@@ -162,7 +162,7 @@ class TestPackage:
         assert not any('cache' in name for name in names)
         assert {n.split('/')[0] for n in names} == {
             'mdeq_mm',
-            'mdeq_mm-0.1.0.dist-info',
+            'mdeq_mm-0.2.0.dist-info',
         }
         assert 'Requires-Python: >=3.11' in header
         assert 'License: Apache-2.0' in header

@@ -205,7 +205,7 @@ def assert_widened(model, state, prefix=''):
 class TestGetModel:
     def test_random_weights(self):
         model = mdeq_mm.get_model(SMALL, device='cpu')
-        assert number_of_parameters(model) == 16_808_936
+        assert number_of_parameters(model) == 16_828_264
         assert not model.training
         assert len(model.dataset_meta['classes']) == 1000
         assert model.cfg.filename == mdeq_mm.config_path(SMALL)
@@ -218,9 +218,9 @@ class TestGetModel:
             head=dict(num_classes=7),
         )
         assert not model.backbone.equilibrium.recompute
-        assert model.head.fc.weight.shape == (7, 64)
-        # 65 weights a class less.
-        assert number_of_parameters(model) == 110_478 - 3 * 65
+        assert model.head.fc.weight.shape == (7, 72)
+        # 73 weights a class less.
+        assert number_of_parameters(model) == 95_986 - 3 * 73
 
     def test_published_weights(self, published):
         model = mdeq_mm.get_model('mdeq-digits', pretrained=True, device='cpu')
@@ -276,7 +276,7 @@ class TestGetModel:
 class TestSegmentors:
     def test_classes_of_the_config(self):
         model = mdeq_mm.get_model('mdeq-digit-scenes', device='cpu')
-        assert number_of_parameters(model) == 172_035
+        assert number_of_parameters(model) == 173_907
         assert model.dataset_meta['classes'] == ('ground', *'0123456789')
         assert type(model.dataset_meta) is dict
         assert model.dataset_meta['palette'][1] == [31, 119, 180]
@@ -377,7 +377,7 @@ class TestRegisterModels:
         assert set(ours) <= set(mmpretrain.list_models())
         assert set(mmpretrain.list_models('mdeq')) <= set(ours)
         model = mmpretrain.get_model('mdeq-digits')
-        assert number_of_parameters(model) == 110_478
+        assert number_of_parameters(model) == 95_986
         assert model_hub.get('mdeq-digits').config.filename == mdeq_mm.config_path(
             'mdeq-digits'
         )
@@ -388,7 +388,7 @@ class TestRegisterModels:
         pytest.importorskip('mmseg')
         mdeq_mm.register_models()
         model = mmpretrain.get_model('mdeq-joint_1xb16-12e_digits')
-        assert number_of_parameters(model) == 190_153
+        assert number_of_parameters(model) == 175_069
 
     def test_inferencers_load_published_weights(self, model_hub, published):
         from mmpretrain import ImageClassificationInferencer
@@ -497,7 +497,7 @@ def test_a_wheel_brings_all_of_it(repo_root, tmp_path):
     assert found['package'] == str(target / 'mdeq_mm' / '__init__.py')
     assert found['light']
     assert found['names'] == mdeq_mm.list_models()
-    assert found['parameters'] == 16_808_936
+    assert found['parameters'] == 16_828_264
     assert found['classes'] == list('0123456789')
     assert found['config'] == str(shipped / 'configs' / 'demo' / f'{DIGITS}.py')
     path = run(

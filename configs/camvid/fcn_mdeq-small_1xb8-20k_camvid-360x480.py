@@ -16,11 +16,8 @@ model = dict(
     ),
 )
 
-# Training starts with 3 unrolled steps of f: at random initialisation the
-# equilibrium is not found, and its implicit gradient means nothing.
 default_hooks = dict(
     checkpoint=dict(interval=2000, max_keep_ckpts=2, save_best='mIoU'),
-    warmup=dict(type='UnrollWarmupHook', unroll_steps=3, end=10000, by_epoch=False),
     monitor=dict(type='EquilibriumMonitorHook'),
 )
 

@@ -5,10 +5,7 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-# Training starts with 10 unrolled steps of f: at random initialisation the
-# equilibrium is not found, and its implicit gradient means nothing.
 default_hooks = dict(
-    warmup=dict(type='UnrollWarmupHook', unroll_steps=10, end=20000, by_epoch=False),
     monitor=dict(type='EquilibriumMonitorHook'),
 )
 

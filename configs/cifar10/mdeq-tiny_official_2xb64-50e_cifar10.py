@@ -5,6 +5,10 @@ _base_ = './mdeq-tiny_2xb64-50e_cifar10.py'
 
 model = dict(
     backbone=dict(
+        # The image enters the first branch, equilibria are returned as they are.
+        arch=dict(_delete_=True, preset='cifar-tiny', injection='first'),
+        drop_rate=0.25,
+        out_norm_cfg=None,
         solver=dict(
             _delete_=True, type='BroydenSolver', max_steps=19, tol=1e-3, norm='rel'
         ),
@@ -14,5 +18,23 @@ model = dict(
             type='ImplicitGradient',
             solver=dict(type='BroydenSolver', max_steps=21, tol=1e-3),
         ),
-    )
+        init_cfg=[
+            dict(type='Normal', layer='Conv2d', std=0.01),
+            dict(type='Constant', layer=['_BatchNorm', 'GroupNorm'], val=1, bias=0),
+        ],
+    ),
+    neck=[
+        dict(
+            type='MDEQFuseScales',
+            in_channels=(24, 24),
+            head_channels=(8, 16),
+            out_channels=200,
+        ),
+        dict(type='GlobalAveragePooling'),
+    ],
+)
+
+# Training starts with 10 unrolled steps of f, for this share of its iterations.
+default_hooks = dict(
+    warmup=dict(type='UnrollWarmupHook', unroll_steps=10, end=3000 / (50 * 391)),
 )

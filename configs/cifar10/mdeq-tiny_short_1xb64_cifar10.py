@@ -1,13 +1,11 @@
-# MDEQ-tiny on CIFAR-10 for a short budget on a CPU: 400 iterations, of which the
-# first half is unrolled and the second half implicit, then one evaluation on all
-# test images. It shows that training works, not how well it ends. Another length
-# takes four values on the command line:
+# MDEQ-tiny on CIFAR-10 for a short budget on a CPU: 400 iterations, then one
+# evaluation on all test images. It shows that training works, not how well it ends.
+# Another length takes three values on the command line:
 #   --cfg-options train_cfg.max_iters=800 train_cfg.val_interval=800
-#   param_scheduler.T_max=800 default_hooks.warmup.end=400
+#   param_scheduler.T_max=800
 _base_ = ['../_base_/models/mdeq_tiny_cifar.py', '../_base_/cifar10_short.py']
 
 default_hooks = dict(
-    warmup=dict(type='UnrollWarmupHook', unroll_steps=10, end=200, by_epoch=False),
     monitor=dict(type='EquilibriumMonitorHook'),
 )
 

@@ -9,11 +9,8 @@ _base_ = [
 model = dict(data_preprocessor=dict(size=(512, 1024)))
 optim_wrapper = dict(type='EquilibriumOptimWrapper', optimizer=dict(weight_decay=3e-4))
 
-# Training starts with 3 unrolled steps of f: without an equilibrium that is found,
-# its implicit gradient means nothing.
 default_hooks = dict(
     checkpoint=dict(interval=4000, max_keep_ckpts=3, save_best='mIoU'),
-    warmup=dict(type='UnrollWarmupHook', unroll_steps=3, end=60000, by_epoch=False),
     monitor=dict(type='EquilibriumMonitorHook'),
 )
 

@@ -7,6 +7,10 @@ _base_ = './fcn_mdeq-small_4xb3-124k_cityscapes-512x1024.py'
 
 model = dict(
     backbone=dict(
+        # The image enters the first branch, equilibria are returned as they are.
+        arch=dict(_delete_=True, preset='small', injection='first'),
+        norm_cfg=dict(momentum=0.01),
+        out_norm_cfg=None,
         solver=dict(
             _delete_=True, type='BroydenSolver', max_steps=28, tol=1e-3, norm='abs'
         ),
@@ -16,5 +20,14 @@ model = dict(
             type='ImplicitGradient',
             solver=dict(type='BroydenSolver', max_steps=31, tol=1e-3),
         ),
-    )
+        init_cfg=dict(
+            checkpoint='work_dirs/mdeq-small_official_4xb32-100e_in1k/epoch_100.pth'
+        ),
+    ),
+    decode_head=dict(norm_cfg=dict(momentum=0.01)),
+)
+
+# Training starts with 3 unrolled steps of f, for this share of its iterations.
+default_hooks = dict(
+    warmup=dict(type='UnrollWarmupHook', unroll_steps=3, end=60000 / 124000),
 )

@@ -8,11 +8,8 @@ _base_ = [
 # Training images smaller than a crop are padded to its size.
 model = dict(data_preprocessor=dict(size=(512, 1024)))
 
-# Training starts with 3 unrolled steps of f: without an equilibrium that is found,
-# its implicit gradient means nothing.
 default_hooks = dict(
     checkpoint=dict(interval=4000, max_keep_ckpts=3, save_best='mIoU'),
-    warmup=dict(type='UnrollWarmupHook', unroll_steps=3, end=60000, by_epoch=False),
     monitor=dict(type='EquilibriumMonitorHook'),
 )
 

@@ -10,8 +10,6 @@ log_processor = dict(window_size=6)
 default_hooks = dict(
     logger=dict(interval=6),
     checkpoint=dict(max_keep_ckpts=1),
-    # A random f has no equilibrium: the first epochs train unrolled.
-    warmup=dict(type='UnrollWarmupHook', unroll_steps=4, end=10, by_epoch=True),
     monitor=dict(type='EquilibriumMonitorHook', interval=6),
 )
 

@@ -5,10 +5,7 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-# Training starts with 5 unrolled steps of f: at random initialisation the
-# equilibrium is not found, and its implicit gradient means nothing.
 default_hooks = dict(
-    warmup=dict(type='UnrollWarmupHook', unroll_steps=5, end=510000, by_epoch=False),
     monitor=dict(type='EquilibriumMonitorHook'),
 )
 

@@ -5,12 +5,7 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-# Training starts with 4 unrolled steps of f: at random initialisation the
-# equilibrium is not found, and its implicit gradient means nothing.
-# They take the same share of the training as for the smaller models: half of
-# their 510,000 iterations, since a batch is twice as large.
 default_hooks = dict(
-    warmup=dict(type='UnrollWarmupHook', unroll_steps=4, end=255000, by_epoch=False),
     monitor=dict(type='EquilibriumMonitorHook'),
 )
 

@@ -7,6 +7,9 @@ _base_ = './mdeq-xl_8xb32-100e_in1k.py'
 
 model = dict(
     backbone=dict(
+        # The image enters the first branch, equilibria are returned as they are.
+        arch=dict(_delete_=True, preset='xl', injection='first'),
+        out_norm_cfg=None,
         solver=dict(
             _delete_=True, type='BroydenSolver', max_steps=27, tol=1e-3, norm='abs'
         ),
@@ -16,9 +19,23 @@ model = dict(
             type='ImplicitGradient',
             solver=dict(type='BroydenSolver', max_steps=28, tol=1e-3),
         ),
-    )
+        init_cfg=[
+            dict(type='Normal', layer='Conv2d', std=0.01),
+            dict(type='Constant', layer=['_BatchNorm', 'GroupNorm'], val=1, bias=0),
+        ],
+    ),
+    neck=[
+        dict(
+            type='MDEQFuseScales',
+            in_channels=(88, 176, 352, 704),
+            head_channels=(32, 64, 128, 256),
+            out_channels=2048,
+        ),
+        dict(type='GlobalAveragePooling'),
+    ],
 )
 
-# The published number. 100 epochs of batches of 256 have 500,500 iterations, so
-# that the training stays unrolled to the end.
-default_hooks = dict(warmup=dict(end=510000))
+# Training starts with 4 unrolled steps of f, for this share of its iterations.
+default_hooks = dict(
+    warmup=dict(type='UnrollWarmupHook', unroll_steps=4, end=510000 / (100 * 10010)),
+)

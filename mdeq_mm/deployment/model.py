@@ -18,19 +18,22 @@ class FixedStepMDEQ(nn.Module):
     started from zero. Weights are normalised once, here.
 
     Args:
-        backbone (MDEQ): Its stem and injection are shared.
+        backbone (MDEQ): Its stem, injection and output norms are shared.
         solver (AndersonSolver | PicardSolver): See :func:`fixed_solver`.
         precision (torch.dtype): Of Anderson's small systems.
     """
 
     def __init__(self, backbone, solver, precision=torch.float64):
         super().__init__()
-        arch = backbone.arch
+        self.arch, self.out_indices = backbone.arch, backbone.out_indices
         self.stem, self.injection = backbone.stem, backbone.injection
+        self.out_norms = backbone.out_norms
         self.f = frozen(backbone.equilibrium.f)
-        self.channels, self.out_indices = arch.channels, backbone.out_indices
         self.iteration = FixedIteration(solver, precision)
         self.eval()
+
+    # What the backbone does around its solve, with the parts shared above.
+    inject, outputs = MDEQ.inject, MDEQ.outputs
 
     def forward(self, images):
         """Find the equilibrium of images (N, C, H, W).
@@ -39,34 +42,42 @@ class FixedStepMDEQ(nn.Module):
             tuple[tuple[Tensor, ...], Tensor]: The maps of the backbone, and the
             residual of each sample, (N,).
         """
-        injection = self.injection(self.stem(images))
-        state = self.iteration.begin(self.start(injection))
-        _, z, residual, *_ = self.solve(injection, state)
+        injections, state = self.begin(images)
+        _, z, residual, *_ = self.solve(injections, state)
         z = torch.where(residual.isfinite()[:, None], z, torch.nan)
-        maps = self.spec(injection).unpack(z)
-        return tuple(maps[i] for i in self.out_indices), residual
+        return self.outputs(self.spec(injections).unpack(z)), residual
 
-    def solve(self, injection, state):
+    def begin(self, images):
+        """What the steps start from.
+
+        Args:
+            images (Tensor): (N, C, H, W).
+
+        Returns:
+            tuple[tuple[Tensor, ...], tuple[Tensor, ...]]: The injections, and the
+            state before the first step.
+        """
+        injections = tuple(self.inject(images))
+        # len() would fix the batch in a graph.
+        batch, dim = injections[0].shape[0], self.spec(injections).dim
+        return injections, self.iteration.begin(injections[0].new_zeros(batch, dim))
+
+    def solve(self, injections, state):
         """All steps."""
         for _ in range(self.iteration.solver.max_steps):
-            state = self.step(injection, state)
+            state = self.step(injections, state)
         return state
 
-    def step(self, injection, state):
+    def step(self, injections, state):
         """One evaluation of f, and what :class:`FixedIteration` makes of it."""
-        spec = self.spec(injection)
-        fz = spec.pack(self.f(spec.unpack(state[0]), injection))
+        spec = self.spec(injections)
+        fz = spec.pack(self.f(spec.unpack(state[0]), *injections))
         return self.iteration.step(state, fz)
 
-    def start(self, injection):
-        """A state of zeros, (N, D)."""
-        # len() would fix the batch in a graph.
-        return injection.new_zeros(injection.shape[0], self.spec(injection).dim)
-
-    def spec(self, injection):
+    def spec(self, injections):
         """StateSpec: How the maps lie in a state."""
-        shapes, (height, width) = [], injection.shape[2:]
-        for channels in self.channels:
+        shapes, (height, width) = [], injections[0].shape[2:]
+        for channels in self.arch.channels:
             shapes.append((channels, height, width))
             height, width = -(-height // 2), -(-width // 2)
         return StateSpec(tuple(shapes))

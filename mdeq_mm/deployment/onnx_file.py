@@ -95,10 +95,10 @@ def to_onnx(model, shape, batch=None, opset=None, metadata=None, unroll=False):
         file = _write(program, ['images'], outputs, opset)
         with torch.no_grad():
             images = example_images(model, shape, batch)
-            injection = backbone.injection(backbone.stem(images))
-            state = backbone.iteration.begin(backbone.start(injection))
-        program = trace(_Step(backbone), inputs=(injection, state), batch=batch)
-        inputs = ['injection', *(f'state_{i}' for i in range(len(state)))]
+            injections, state = backbone.begin(images)
+        program = trace(_Step(backbone), inputs=(injections, state), batch=batch)
+        inputs = [f'injection_{i}' for i in range(len(injections))]
+        inputs += [f'state_{i}' for i in range(len(state))]
         outputs = [f'next_{i}' for i in range(len(state))]
         step = _write(program, inputs, outputs, opset)
         (_unroll if unroll else _loop)(file, step, model.solver.max_steps)
@@ -122,18 +122,18 @@ class _Step(nn.Module):
         super().__init__()
         self.backbone = backbone
 
-    def forward(self, injection, state):
-        return self.backbone.step(injection, state)
+    def forward(self, injections, state):
+        return self.backbone.step(injections, state)
 
 
 @contextmanager
 def _one_call(backbone):
     """Let one call stand where the steps are."""
 
-    def call(injection, state):
+    def call(injections, state):
         return torch.onnx.ops.symbolic_multi_out(
             f'{DOMAIN}::{NAME}',
-            (injection, *state),
+            (*injections, *state),
             dtypes=[t.dtype for t in state],
             shapes=[t.shape for t in state],
             version=1,
@@ -172,13 +172,18 @@ def _loop(file, step, steps):
 
     # Names in a body must be none of those around it.
     graph = compose.add_prefix_graph(step.graph, f'{NAME}.')
-    injection, *states = graph.input
     call = _call_of(file)
+    # What stays the same at every step, then the state.
+    fixed = len(call.input) - len(call.output)
+    injections, states = graph.input[:fixed], graph.input[fixed:]
     count, go, still = (f'{NAME}.{name}' for name in ('count', 'go', 'still'))
     body = helper.make_graph(
         [
             helper.make_node('Identity', [go], [still]),
-            helper.make_node('Identity', call.input[:1], [injection.name]),
+            *(
+                helper.make_node('Identity', [outer], [inner.name])
+                for outer, inner in zip(call.input[:fixed], injections, strict=True)
+            ),
             *graph.node,
         ],
         NAME,
@@ -193,7 +198,7 @@ def _loop(file, step, steps):
     )
     limit = numpy_helper.from_array(np.array(steps), f'{NAME}.steps')
     file.graph.initializer.append(limit)
-    inputs = [limit.name, '', *call.input[1:]]
+    inputs = [limit.name, '', *call.input[fixed:]]
     _replace(file, [helper.make_node('Loop', inputs, call.output, body=body)])
     kept = [entry for entry in file.opset_import if entry.domain != DOMAIN]
     del file.opset_import[:]
@@ -226,12 +231,13 @@ def _unroll(file, step, steps):
         tensor.name = f'{NAME}.{tensor.name}'
     file.graph.initializer.extend(weights)
     call = _call_of(file)
-    injection, *state = call.input
+    fixed = len(call.input) - len(call.output)
+    injections, state = list(call.input[:fixed]), call.input[fixed:]
     calls = []
     for i in range(1, steps + 1):
         found = [f'{NAME}.{i}.{k}' for k in range(len(state))]
         found = list(call.output) if i == steps else found
-        inputs = [injection, *state, *(t.name for t in weights)]
+        inputs = [*injections, *state, *(t.name for t in weights)]
         calls.append(helper.make_node(NAME, inputs, found, domain=DOMAIN))
         state = found
     _replace(file, calls)

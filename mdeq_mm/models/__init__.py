@@ -7,7 +7,7 @@ from .implicit_models import (
 )
 from .losses import ClassWeightedCrossEntropy
 from .multi_task import MultiTaskDataPreprocessor, MultiTaskMDEQ
-from .necks import MDEQFuseScales
+from .necks import MDEQFuseScales, MDEQPoolBranches
 
 __all__ = [
     'MDEQ',
@@ -17,6 +17,7 @@ __all__ = [
     'ImplicitImageClassifier',
     'ImplicitSegTTAModel',
     'MDEQFuseScales',
+    'MDEQPoolBranches',
     'MultiTaskDataPreprocessor',
     'MultiTaskMDEQ',
 ]

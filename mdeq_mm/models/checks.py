@@ -3,18 +3,18 @@
 from mmcv.cnn import build_norm_layer
 
 
-def check_norm(norm_cfg, channels):
+def check_norm(norm_cfg, channels, field='norm_cfg'):
     """Refuse a config from which no norm of so many channels can be built."""
     if not hasattr(norm_cfg, 'items') or 'type' not in norm_cfg:
         raise TypeError(
-            "norm_cfg must be a dict with a type, such as dict(type='BN'), got "
+            f"{field} must be a dict with a type, such as dict(type='BN'), got "
             f'{norm_cfg!r}'
         )
     try:
         build_norm_layer(norm_cfg, channels)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f'norm_cfg={norm_cfg!r} makes no norm of {channels} channels: '
+            f'{field}={norm_cfg!r} makes no norm of {channels} channels: '
             f'{" ".join(str(error).split()) or "an argument is missing"}'
         ) from error
 

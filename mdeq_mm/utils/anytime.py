@@ -61,7 +61,7 @@ def predict_by_evaluation(model, batch):
     found = [[] for _ in samples]
 
     def look(rows, maps, residual):
-        maps = [maps[i].to(images.dtype) for i in model.backbone.out_indices]
+        maps = model.backbone.outputs([m.to(images.dtype) for m in maps])
         if model.with_neck:
             maps = model.neck(maps)
         mine = [deepcopy(samples[row]) for row in rows.tolist()]

@@ -88,17 +88,20 @@ def model_of_readme(name):
     raise AssertionError(f'no config in the README has a model of type {name}')
 
 
-def test_the_config_in_the_readme_is_the_official_small_model():
+def test_the_config_in_the_readme_is_the_small_model():
     init_default_scope('mmpretrain')
     model = model_of_readme('ImplicitImageClassifier')
-    assert sum(p.numel() for p in model.parameters()) == 16_808_936
+    # The backbone, the norm of 480 pooled channels, and the linear layer.
+    expected = 8_742_720 + 2 * 480 + 481 * 1000
+    assert sum(p.numel() for p in model.parameters()) == expected
 
 
-def test_the_segmentation_model_in_the_readme_is_the_official_small_one():
+def test_the_segmentation_model_in_the_readme_is_the_small_one():
     init_default_scope('mmseg')
     model = model_of_readme('ImplicitEncoderDecoder')
-    # Without the bias that the norm of the head takes away.
-    assert sum(p.numel() for p in model.parameters()) == 8_968_467 - 480
+    # The official one without the bias that the norm of the head takes away, and with
+    # the injection of three branches more.
+    assert sum(p.numel() for p in model.parameters()) == 8_968_467 - 480 + 15_232
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,10 @@ ARCH = {
     ),
     'expansion': Fault(integer(1), 'arch.expansion'),
     'dropout': Fault(share(zero=True), 'arch.dropout'),
+    'injection': Fault(
+        one_of('last', 'ALL', '', None, 3, True, [], ['all'], {}), 'arch.injection'
+    ),
+    'preset': Fault(one_of('medium', '', 3, True, [], ['xl'], {}), 'arch'),
     'downsample_times': Fault(integer(0), 'arch.downsample_times'),
     'post_gn_affine': Fault(flag(), 'arch.post_gn_affine'),
     'weight_norm': Fault(flag(), 'arch.weight_norm'),
@@ -213,6 +217,7 @@ MODEL = {
     ),
     'drop_rate': Fault(share(optional=True, zero=True), 'drop_rate'),
     'norm_cfg': Fault(NORM, 'norm_cfg'),
+    'out_norm_cfg': Fault(NORM, 'out_norm_cfg'),
     'norm_eval': Fault(flag(), 'norm_eval'),
     'with_cp': Fault(flag(), 'with_cp'),
     'warm_start': Fault(flag(), 'warm_start'),

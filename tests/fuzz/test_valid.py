@@ -33,10 +33,10 @@ class Squeezed(nn.Module):
             self.register_buffer(f'center{i}', c)
         self.register_buffer('mu', torch.ones(()))
 
-    def forward(self, maps, injection, *masks):
+    def forward(self, maps, *inputs):
         centers = [getattr(self, f'center{i}') for i in range(len(maps))]
         moved = [c + self.mu * (m - c) for m, c in zip(maps, centers, strict=True)]
-        return self.f(moved, injection, *masks)
+        return self.f(moved, *inputs)
 
 
 class Trial:
@@ -86,11 +86,11 @@ class Trial:
         """Choose mu, for the masks that this case's seed will draw."""
         with torch.no_grad():
             self.run()
-            _, injection, *masks = self.given
+            _, *inputs = self.given
             layer = self.layer
             center = [getattr(layer.f, f'center{i}') for i in range(len(self.shapes))]
-            z = pack(center).expand(len(injection), -1)
-        jacobian = self.jacobian(z, (injection, *masks))
+            z = pack(center).expand(len(inputs[0]), -1)
+        jacobian = self.jacobian(z, inputs)
         layer.f.mu.copy_(self.case['contraction'] / largest(jacobian))
         layer.last_solution = layer.last_spec = None
 
@@ -143,9 +143,9 @@ class Trial:
     # What is expected, made of the backbone's modules alone
 
     def inputs(self):
-        """Injection with gradients, and the masks that the layer was given."""
-        _, _, *masks = self.given
+        """Injections with gradients, and the masks that the layer was given."""
         arch = self.case['model']['arch']
+        masks = self.given[1 + self.backbone.arch.injected :]
         rate = self.case['model']['drop_rate']
         rate = arch['dropout'] if rate is None else rate
         frozen = self.case['model']['frozen_stages'] == 2
@@ -154,8 +154,7 @@ class Trial:
         for mask in masks:
             levels = mask.new_tensor([0.0, 1 / (1 - rate)])
             assert torch.isin(mask, levels).all()
-        injection = self.backbone.injection(self.backbone.stem(self.images))
-        return injection, *masks
+        return *self.backbone.inject(self.images), *masks
 
     def f(self, z, inputs):
         """The map on packed states, with the module's own tensors."""

@@ -70,12 +70,13 @@ def test_parts_are_those_of_the_single_tasks(path):
     joint, (cls, seg) = read(path), map(read, SINGLES[path])
     assert joint['default_scope'] == 'mmseg'
     model = joint['model']
-    assert model['head'] == cls['model']['head']
-    fuse, pool = cls['model']['neck']
-    # The demos of one task each differ in the width of their backbones.
-    channels = tuple(model['decode_head']['in_channels'])
-    assert model['neck'] == [fuse | dict(in_channels=channels), pool]
-    assert path == DEMO or fuse['in_channels'] == channels
+    neck, head = cls['model']['neck'], cls['model']['head']
+    if path == DEMO:
+        # The demos of one task each differ in the width of their backbones.
+        channels = tuple(model['decode_head']['in_channels'])
+        neck |= dict(in_channels=channels)
+        head |= dict(in_channels=sum(channels))
+    assert model['neck'] == neck and model['head'] == head
     for part in ('backbone', 'decode_head', 'train_cfg', 'test_cfg'):
         assert model[part] == seg['model'][part]
     weight = 1.0 if path == SMALL else 0.2
@@ -108,7 +109,7 @@ def test_parts_are_those_of_the_single_tasks(path):
     for part in ('optim_wrapper', 'param_scheduler', 'train_cfg', 'auto_scale_lr'):
         assert joint[part] == seg[part]
     hooks = joint['default_hooks']
-    assert hooks['warmup'] == seg['default_hooks']['warmup']
+    assert 'warmup' not in hooks
     assert hooks['monitor'] == seg['default_hooks']['monitor']
     assert {'guard', 'data'} < set(hooks)
 
@@ -117,7 +118,7 @@ def test_one_backbone_is_counted_once():
     joint, cls, seg = build(SMALL), *map(build, SINGLES[SMALL])
     numbers = [sum(p.numel() for p in m.parameters()) for m in (joint, cls, seg)]
     backbone = sum(p.numel() for p in joint.backbone.parameters())
-    assert numbers[0] == numbers[1] + numbers[2] - backbone == 17_049_435
+    assert numbers[0] == numbers[1] + numbers[2] - backbone == 17_068_763
     assert set(joint.state_dict()) == set(cls.state_dict()) | set(seg.state_dict())
 
 
@@ -246,18 +247,18 @@ def test_imagenet_and_cityscapes(call, imagenet_folder, cityscapes, tmp_path):
     assert trained['loss'] == pytest.approx(losses, abs=1e-5)
     assert trained['cls.loss'] == pytest.approx(np.log(1000), rel=0.2)
     assert trained['decode.loss_ce'] == pytest.approx(np.log(19), rel=0.2)
-    assert trained['eq_steps'] == 3
+    limit = read(SMALL)['model']['backbone']['solver']['max_steps']
+    assert 1 < trained['eq_steps'] <= limit == 5
     metrics = {'cls/accuracy/top1', 'cls/accuracy/top5', 'seg/mIoU', 'seg/aAcc'}
     assert metrics < set(evaluated)
     assert (out / 'best_seg_mIoU_iter_1.pth').is_file()
 
-    # On, at the equilibrium.
-    options += ['default_hooks.warmup.end=1']
+    # On from there.
     call('train', SMALL, '--work-dir', out, '--resume',
          options=[*options, 'train_cfg.max_iters=2'])  # fmt: skip
     *_, trained, evaluated = records(out)
     assert trained['iter'] == 2 and len(records(out)) == 4
-    assert 3 < trained['eq_steps'] <= 28
+    assert 1 < trained['eq_steps'] <= limit
     state = read_checkpoint(str(out / 'iter_2.pth'))['state_dict']
     assert {name.split('.')[0] for name in state} == {
         'backbone', 'neck', 'head', 'decode_head'
@@ -295,13 +296,14 @@ def test_digits(call, digits, tmp_path):
     call('train', DEMO, '--work-dir', out,
          options=[*options, 'train_cfg.max_epochs=4'])  # fmt: skip
     *trained, evaluated = records(out)
-    assert [r['eq_steps'] for r in trained] == [4] * 8
+    assert len(trained) == 8 and all(1 < r['eq_steps'] <= 12 for r in trained)
     # It is logged as it enters the sum.
     assert trained[0]['cls.loss'] == pytest.approx(0.2 * np.log(10), rel=0.1)
     assert trained[-1]['decode.loss_ce'] < 0.8 * trained[0]['decode.loss_ce']
     assert {'cls/accuracy/top1', 'seg/mIoU'} < set(evaluated)
     assert (out / 'best_seg_mIoU_epoch_4.pth').is_file()
-    assert len(shown(out)) == 1
+    # A prediction, and how equilibria were approached.
+    assert len(shown(out)) == 2
 
     call('train', DEMO, '--work-dir', out, '--resume',
          options=[*options, 'train_cfg.max_epochs=5'])  # fmt: skip

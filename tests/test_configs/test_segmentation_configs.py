@@ -25,9 +25,9 @@ BESIDE = '_4xb3-124k_cityscapes-512x1024.py'
 
 # What docs/choosing.md recommends.
 RECOMMENDED = dict(
-    solver=dict(type='AndersonSolver', max_steps=8, tol=1e-3, memory=5),
-    eval_solver=dict(type='AndersonSolver', max_steps=20, tol=1e-3, memory=5),
-    gradient=dict(type='PhantomGradient', steps=5),
+    solver=dict(type='AndersonSolver', max_steps=5, tol=1e-3, memory=5),
+    eval_solver=dict(type='AndersonSolver', max_steps=12, tol=1e-3, memory=5),
+    gradient=dict(type='PhantomGradient', steps=3, unroll=True),
 )
 
 # Published settings of the official models: GPUs, batch; unrolled layers and
@@ -106,7 +106,8 @@ def test_every_config_is_whole(name):
     hooks = cfg.default_hooks
     assert hooks.guard.type == 'CheckpointGuardHook'
     assert hooks.data.type == 'DataGuardHook'
-    assert ('warmup' in hooks) == ('monitor' in hooks) == ('mdeq' in name)
+    assert ('monitor' in hooks) == ('mdeq' in name)
+    assert ('warmup' in hooks) == ('official' in name)
 
     # Every saved checkpoint was evaluated, and the last iteration is saved.
     saving = hooks.checkpoint
@@ -146,7 +147,9 @@ def test_the_name_states_what_the_config_holds(name):
     backbone = cfg.model.backbone
     assert backbone.type == dict(mdeq='MDEQ', hr='HRNet', r='ResNetV1c')[kind]
     if kind == 'mdeq':
-        assert backbone.arch == size
+        official_arch = dict(preset=size, injection='first')
+        assert backbone.arch == (official_arch if official else size)
+        assert backbone.get('out_norm_cfg', '') == (None if official else '')
         assert backbone.solver.get('norm', 'rel') == ('abs' if official else 'rel')
     elif kind == 'r':
         assert backbone.depth == int(size)
@@ -182,7 +185,9 @@ def test_official_settings(name):
     assert cfg.train_pipeline[3].crop_size == crop
 
     warmup = cfg.default_hooks.warmup
-    assert (warmup.unroll_steps, warmup.end) == unroll and not warmup.by_epoch
+    assert not warmup.get('by_epoch', False) and isinstance(warmup.end, float)
+    iterations = round(warmup.end * cfg.train_cfg.max_iters)
+    assert (warmup.unroll_steps, iterations) == unroll
 
     backbone = cfg.model.backbone
     assert backbone.drop_rate == dropout
@@ -205,13 +210,25 @@ def test_official_settings(name):
 
 
 @pytest.mark.parametrize('name', sorted(OFFICIAL))
-def test_defaults_differ_from_the_official_ones_in_solver_and_gradient_alone(name):
+def test_defaults_differ_from_the_official_ones_in_what_was_measured_alone(name):
     default, official = read(name.format('')), read(name.format('_official'))
     assert official.model.backbone.pop('eval_solver') is None
     found = {k: default.model.backbone.pop(k) for k in RECOMMENDED}
     assert found == RECOMMENDED
     for key in ('solver', 'gradient'):
         assert official.model.backbone.pop(key) != found[key]
+    # The image in every branch, norms over the batch, a cold start.
+    assert official.model.backbone.pop('out_norm_cfg') is None
+    for cfg in (default, official):
+        cfg.model.backbone.pop('arch')
+        cfg.pop('norm_cfg')
+        # Statistics of the official norms move ten times more slowly.
+        for part in (cfg.model.backbone, cfg.model.decode_head):
+            expected = 0.01 if cfg is official else None
+            assert part.norm_cfg.pop('momentum', None) == expected
+        path = cfg.model.backbone.init_cfg.pop('checkpoint')
+        assert ('_official_' in path) == (cfg is official)
+    assert official.default_hooks.pop('warmup')
     assert default.to_dict() == official.to_dict()
 
 
@@ -219,8 +236,13 @@ def test_defaults_differ_from_the_official_ones_in_solver_and_gradient_alone(nam
 def test_parameters_are_the_official_ones(name):
     """But for the bias that the norm after it takes away again."""
     *_, channels, parameters = OFFICIAL[name]
+    model = build(read(name.format('_official')))
+    expected = parameters - sum(channels)
+    assert sum(p.numel() for p in model.parameters()) == expected
+    # A 1x1 convolution and a norm into each branch but the first.
+    expected += (channels[0] + 2) * sum(channels[1:])
     model = build(read(name.format('')))
-    assert sum(p.numel() for p in model.parameters()) == parameters - sum(channels)
+    assert sum(p.numel() for p in model.parameters()) == expected
 
 
 @pytest.mark.parametrize('head', ['pspnet', 'deeplabv3plus', 'upernet'])
@@ -234,7 +256,7 @@ def test_other_heads_stand_on_the_same_backbone(head):
 
 @pytest.mark.parametrize('baseline', sorted(BASELINES))
 def test_baselines_differ_in_the_model_alone(baseline):
-    """Same data, schedule and runtime; MDEQ's has a warm-up, and is watched."""
+    """Same data, schedule and runtime; MDEQ is watched."""
     mdeq, peer = read(SMALL.format('')), read(baseline + BESIDE)
     size = mdeq.model.data_preprocessor.size
     assert peer.model.data_preprocessor.size == size
@@ -242,7 +264,6 @@ def test_baselines_differ_in_the_model_alone(baseline):
     for cfg in (mdeq, peer):
         for key in ('model', 'norm_cfg'):
             assert cfg.pop(key)
-    assert mdeq['default_hooks'].pop('warmup')
     assert mdeq['default_hooks'].pop('monitor')
     for key in ('val_evaluator', 'test_evaluator'):
         *found, metric = mdeq.pop(key)
@@ -319,10 +340,14 @@ def test_runtime_is_that_of_the_toolbox():
     assert ours == theirs
 
 
+@pytest.mark.parametrize('official', ['', '_official'])
 @pytest.mark.parametrize('size', ['small', 'large', 'xl'])
-def test_training_starts_from_the_last_checkpoint_of_the_imagenet_config(size):
-    name = {'small': SMALL, 'large': LARGE, 'xl': XL}[size].format('')
-    init = read(name).model.backbone.init_cfg
+def test_training_starts_from_the_last_checkpoint_of_the_imagenet_config(
+    size, official
+):
+    name = {'small': SMALL, 'large': LARGE, 'xl': XL}[size].format(official)
+    backbone = read(name).model.backbone
+    init = backbone.init_cfg
     work_dir, config, checkpoint = Path(init.checkpoint).parts
     assert (work_dir, init.type, init.prefix) == (
         'work_dirs',
@@ -330,7 +355,7 @@ def test_training_starts_from_the_last_checkpoint_of_the_imagenet_config(size):
         'backbone.',
     )
     imagenet = Config.fromfile(CONFIGS / 'imagenet' / f'{config}.py')
-    assert imagenet.model.backbone.arch == size
+    assert imagenet.model.backbone.arch == backbone.arch
     assert checkpoint == f'epoch_{imagenet.train_cfg.max_epochs}.pth'
 
 
@@ -343,7 +368,8 @@ def test_one_key_names_the_pretrained_file(name):
     model = build(cfg)
     assert model.backbone.init_cfg['checkpoint'] == 'absent.pth'
     cfg.merge_from_dict({'model.backbone.init_cfg': None})
-    assert all(init['type'] != 'Pretrained' for init in build(cfg).backbone.init_cfg)
+    inits = build(cfg).backbone.init_cfg or []
+    assert all(init['type'] != 'Pretrained' for init in inits)
 
 
 @pytest.mark.parametrize('name', LEAVES)
@@ -382,17 +408,24 @@ def test_the_head_starts_as_the_official_one():
     assert model.decode_head.dropout is None
 
 
-def test_one_process_turns_batch_norms_local_and_keeps_their_momentum():
+@pytest.mark.parametrize(
+    ('official', 'expected', 'outputs'),
+    # Two in the stem, four in the injection or one, one in the head; and those of the
+    # outputs, which are local anywhere.
+    [('', [0.1] * 7, [0.1] * 4), ('_official', [0.01] * 4, [])],
+)
+def test_one_process_turns_batch_norms_local_and_keeps_their_momentum(
+    official, expected, outputs
+):
     """mmengine does this by itself wherever a training has one process."""
-    model = build(read(SMALL.format('')))
+    model = build(read(SMALL.format(official)))
     synced = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
-    # Two in the stem, one in the injection, one in the head.
-    assert [m.momentum for m in synced] == [0.01] * 4
+    assert [m.momentum for m in synced] == expected
     model = revert_sync_batchnorm(model)
     local = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
     ]
-    assert [m.momentum for m in local] == [0.01] * 4
+    assert [m.momentum for m in local] == expected + outputs
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
 
 

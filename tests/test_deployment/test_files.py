@@ -16,8 +16,13 @@ from mdeq_mm.deployment import (
     write_onnx,
 )
 from mdeq_mm.deployment.onnx_file import REQUIREMENTS, require
-from tests.helpers import ROOT, project_classifier
-from tests.test_deployment.models import digits, small_classifier, small_segmentor
+from tests.helpers import ROOT, build_segmentor, project_classifier, segmentor_config
+from tests.test_deployment.models import (
+    ARCH,
+    digits,
+    small_classifier,
+    small_segmentor,
+)
 
 pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')
 STEPS = 6
@@ -153,6 +158,36 @@ def test_programs_of_torch_export_come_back(tmp_path):
         images = digits(batch, (13, 16))
         for found, expected in zip(program(images), model(images), strict=True):
             assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('form', ['loop', 'program'])
+@torch.no_grad()
+def test_the_image_in_every_branch_at_an_odd_size(form, tmp_path):
+    """Three injections and normalised outputs, against the model itself."""
+    arch = ARCH | dict(channels=(8, 8, 8))
+    config = segmentor_config((8, 8, 8), 3, arch=arch, in_channels=1)
+    model = build_segmentor(config)
+    assert model.backbone.arch.injected == len(model.backbone.out_norms) == 3
+    # Statistics that are not those of the start.
+    for _ in range(5):
+        model.train().backbone(digits(6, (21, 15)))
+    model.eval()
+    deployable = DeployableModel(model, 4)
+    path = tmp_path / 'model'
+    if form == 'program':
+        save_program(trace(deployable, (1, 21, 15)), path, {})
+        program, _ = load_program(path)
+    else:
+        onnx_or_skip()
+        write_onnx(to_onnx(deployable, (1, 21, 15)), path)
+    model.backbone.equilibrium.eval_solver = deployable.solver
+    for batch in (1, 3):
+        images = digits(batch, (21, 15))
+        metas = [dict(img_shape=(21, 15), ori_shape=(21, 15), pad_shape=(21, 15))]
+        expected = model.encode_decode(images, metas * batch)
+        found = program(images) if form == 'program' else run(path, images)
+        assert off([np.asarray(found[0])], [expected]) < 1e-4
+    assert model.backbone.last_solution.steps.tolist() == [4] * 3
 
 
 @pytest.mark.parametrize('opset', [1, 17, 10_000])

@@ -21,7 +21,7 @@ def trained(tmp_path, name, *args):
         work_dir, *args, '--cfg-options', 'train_dataloader.batch_size=2',
         'train_dataloader.num_workers=0', 'val_dataloader.num_workers=0',
         'test_dataloader.num_workers=0', 'train_cfg.max_epochs=2',
-        'default_hooks.warmup.end=1', 'default_hooks.logger.interval=1',
+        'default_hooks.logger.interval=1',
         'default_hooks.exact_resume.type=ExactResumeHook', 'randomness.seed=1',
         cwd=tmp_path, PORT=str(free_port()), CUDA_VISIBLE_DEVICES='-1',
         OMP_NUM_THREADS='1',

@@ -135,7 +135,9 @@ def test_unrolled(x, training, damping):
     assert vmap(lambda x: call(layer, x))(x[:, None]).shape == (2, 1, 3)
 
 
-@pytest.mark.parametrize('transform', [grad, jacrev, jacfwd, vmap], ids=str)
+@pytest.mark.parametrize(
+    'transform', [grad, jacrev, jacfwd, vmap], ids=lambda t: t.__name__
+)
 @pytest.mark.parametrize(
     ('training', 'solver', 'named'),
     [

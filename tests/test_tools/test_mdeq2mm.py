@@ -16,6 +16,7 @@ from tests.helpers import (
     pack,
     relative,
 )
+from tests.helpers import official as as_official
 
 needs_cls = needs_shared('golden', 'golden_cls.pt')
 needs_seg = needs_shared('golden', 'golden_seg.pt')
@@ -198,6 +199,9 @@ class TestCommand:
         assert [(u[1], u[3]) for u in used] == list(names.items())
         assert [entry[1] for entry in left] == ['extra.weight']
         assert f'{len(names)} entries used, 1 left' in lines[-1]
+        # What they fit, and what a config of one's own has to set.
+        for word in ('*_official_* configs', "injection='first'", 'out_norm_cfg=None'):
+            assert word in lines[-1]
 
     def test_overwrites_only_if_told(self, tool, source, target):
         path = source(official())
@@ -313,10 +317,13 @@ def test_a_backbone_starts_from_the_file(tool, tmp_path):
     torch.save(numbers['official_state_dict'], source)
     tool.main([str(source), str(target), '--task', 'cls'])
     config = numbers['config']
-    backbone = MDEQ(
-        arch=dict(channels=config['num_channels'], num_groups=config['num_groups']),
-        init_cfg=dict(type='Pretrained', checkpoint=str(target), prefix='backbone.'),
-    )
+    arch = dict(channels=config['num_channels'], num_groups=config['num_groups'])
+    init = dict(type='Pretrained', checkpoint=str(target), prefix='backbone.')
+    # A backbone with the defaults says what to set.
+    words = r"injection='first'.* and out_norm_cfg=None"
+    with pytest.raises(RuntimeError, match=words):
+        MDEQ(arch=arch, init_cfg=init).init_weights()
+    backbone = MDEQ(**as_official(dict(arch=arch)), init_cfg=init)
     backbone.init_weights()
     backbone = backbone.double().eval()
     equation, _ = equation_of(backbone, numbers['input'].double())
@@ -404,10 +411,8 @@ class TestSegmentation:
     def test_the_whole_model(self, tool, numbers, converted):
         channels = numbers['config']['num_channels']
         exact = dict(type='BroydenSolver', max_steps=60, tol=1e-11)
-        backbone = MDEQ(
-            arch=dict(channels=channels, num_groups=numbers['config']['num_groups']),
-            solver=exact,
-        )
+        arch = dict(channels=channels, num_groups=numbers['config']['num_groups'])
+        backbone = MDEQ(**as_official(dict(arch=arch)), solver=exact)
         model = torch.nn.ModuleDict(
             dict(backbone=backbone, decode_head=self.head(channels, 19))
         )

@@ -59,7 +59,7 @@ def test_cifar10(tmp_path):
     results = json.loads((out / 'results.json').read_text())
     assert list(results) == ['MDEQ-tiny', 'ResNet-18']
     parameters = {label: r['parameters'] for label, r in results.items()}
-    assert parameters == {'MDEQ-tiny': 158_890, 'ResNet-18': 11_173_962}
+    assert parameters == {'MDEQ-tiny': 160_538, 'ResNet-18': 11_173_962}
     for label, result in results.items():
         assert result['iterations'] == 2 and len(result['losses']) == 2
         assert 0 <= result['test accuracy, %'] <= 100

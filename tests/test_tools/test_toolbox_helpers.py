@@ -142,7 +142,7 @@ class TestOfTheToolboxes:
         assert cv2.imread(str(out)).std() > 1
 
     def test_print_config(self, call):
-        assert "type='MDEQFuseScales'" in call('misc/print_config.py', DIGITS)
+        assert "type='MDEQPoolBranches'" in call('misc/print_config.py', DIGITS)
 
     def test_confusion_matrix(self, call, digits_checkpoint, tmp_path):
         for name in range(10):
@@ -172,16 +172,16 @@ class TestGetFlops:
         size, parts = self.count(flops, tmp_path, DIGITS)
         assert size == [1, 32, 32]
         assert list(parts) == [
-            'stem and injection', 'one evaluation of f', '30 evaluations', 'neck',
+            'stem and injection', 'one evaluation of f', '12 evaluations', 'neck',
             'head', 'whole',
         ]  # fmt: skip
         assert parts['one evaluation of f'][1] == 4_022_784
-        assert parts['30 evaluations'] == (None, 30 * 4_022_784)
-        # A matrix of 64 times 10, and its bias.
-        assert parts['head'] == (650, 2 * 640)
+        assert parts['12 evaluations'] == (None, 12 * 4_022_784)
+        # A matrix of 72 times 10, and its bias.
+        assert parts['head'] == (730, 2 * 720)
         whole = parts.pop('whole')
         once = parts.pop('one evaluation of f')
-        assert whole[0] == 110_478 == once[0] + sum(n or 0 for n, _ in parts.values())
+        assert whole[0] == 95_986 == once[0] + sum(n or 0 for n, _ in parts.values())
         assert whole[1] == sum(flops for _, flops in parts.values())
         assert '4.02 M' in capsys.readouterr().out
 
@@ -218,7 +218,7 @@ class TestGetFlops:
         assert {'neck', 'head', 'decode_head'} < set(parts)
         whole = parts.pop('whole')[1]
         once = parts.pop('one evaluation of f')[1]
-        assert whole == sum(flops for _, flops in parts.values()) > 30 * once
+        assert whole == sum(flops for _, flops in parts.values()) > 12 * once
 
     @pytest.mark.parametrize(
         'steps, size',
@@ -402,16 +402,19 @@ class TestVisCam:
         model = load_model(Config.fromfile(DIGITS), digits_checkpoint, 'cpu')
         torch.manual_seed(0)
         inputs = torch.rand(1, 1, 32, 32)
-        layers = vis_cam.find_layers(model, ['backbone.injection'])
+        layers = vis_cam.find_layers(model, ['backbone.injection.0'])
         _, outputs = vis_cam.outputs_of(model, inputs, layers)
-        injection = outputs['backbone.injection'].detach().requires_grad_()
-        maps = model.backbone.equilibrium(model.backbone._start(injection), injection)
-        (found,) = model.head(model.neck(tuple(maps)))
+        injection = outputs['backbone.injection.0'].detach().requires_grad_()
+        backbone = model.backbone
+        with torch.no_grad():
+            others = backbone.inject(inputs)[1:]
+        maps = backbone.equilibrium(backbone._start(injection), injection, *others)
+        (found,) = model.head(model.neck(backbone.outputs(maps)))
         (grad,) = torch.autograd.grad(found[3], injection)
         model.requires_grad_(False)
         (cam,) = vis_cam.cams_of(
-            library.GradCAM, model, inputs, layers['backbone.injection'],
-            outputs['backbone.injection'], lambda out: out[3],
+            library.GradCAM, model, inputs, layers['backbone.injection.0'],
+            outputs['backbone.injection.0'], lambda out: out[3],
         )  # fmt: skip
         assert np.abs(cam - self.grad_cam(injection, grad, (32, 32))).max() < 1e-3
 
@@ -422,10 +425,11 @@ class TestVisCam:
         image = digits / 'test/one/one0.png'
         vis_cam.main([str(image), str(DIGITS), str(digits_checkpoint), '--category',
                       'c', '--out-file', str(out), '--device', 'cpu', '--method',
-                      'LayerCAM', '--target-layers', 'backbone', 'neck.0'])  # fmt: skip
+                      'LayerCAM', '--target-layers', 'backbone',
+                      'backbone.injection.0'])  # fmt: skip
         assert capsys.readouterr().out.splitlines()[-1] == str(out)
         picture = cv2.imread(str(out))
-        # The image, three branches, the neck and the mean in one row.
+        # The image, three branches, an injection and the mean in one row.
         assert picture.shape[1] > 5 * 0.75 * picture.shape[0]
         assert picture.std() > 20
 
@@ -461,7 +465,7 @@ class TestVisCam:
 
     def test_layers(self, vis_cam):
         model = load_model(Config.fromfile(DIGITS), device='cpu')
-        assert vis_cam.find_layers(model, ['neck.0']) == {'neck.0': model.neck[0]}
+        assert vis_cam.find_layers(model, ['neck']) == {'neck': model.neck}
         with pytest.raises(ValueError, match='did you mean backbone'):
             vis_cam.find_layers(model, ['backbones'])
         with pytest.raises(ValueError, match='lies inside f, which is evaluated many'):

@@ -81,9 +81,8 @@ def refused(call):
 def trained(cifar10_folder, tmp_path_factory):
     """Work dir of an MDEQ that the script has trained for an epoch."""
     work_dir = tmp_path_factory.mktemp('trained')
-    options = [*ONE_EPOCH, 'default_hooks.warmup.end=0']
     shell('train', TINY, '--data-root', cifar10_folder, '--work-dir', work_dir,
-          '--cfg-options', *options)  # fmt: skip
+          '--cfg-options', *ONE_EPOCH)  # fmt: skip
     return work_dir
 
 
@@ -148,8 +147,7 @@ def test_the_toolbox_trains_resumes_and_tests_our_configs(imagenet_folder, tmp_p
     assert (tmp_path / 'epoch_1.pth').is_file()
 
     log = shell('train', SMALL, '--resume', *common, *options,
-                'train_cfg.max_epochs=2', 'default_hooks.warmup.end=1',
-                folder=scripts)  # fmt: skip
+                'train_cfg.max_epochs=2', folder=scripts)  # fmt: skip
     assert 'resumed epoch: 1, iter: 1' in log
     assert 'Training unrolled' not in log
     assert (tmp_path / 'epoch_2.pth').is_file()

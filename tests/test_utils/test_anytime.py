@@ -25,7 +25,12 @@ def segmentor(solver, out_indices=(0, 1, 2), channels=None, **options):
     channels = channels or [CHANNELS[i] for i in out_indices]
     arch = project_golden()['config']['backbone']['arch']
     cfg = segmentor_config(
-        channels, CLASSES, arch=arch, solver=solver, out_indices=out_indices
+        channels,
+        CLASSES,
+        arch=arch,
+        solver=solver,
+        out_indices=out_indices,
+        out_norm_cfg=None,
     )
     model = build_segmentor(cfg | options).double().eval()
     model.backbone.load_state_dict(project_classifier().backbone.state_dict())
@@ -58,18 +63,18 @@ def iterates(model, images, count):
     """f(0), f(f(0)), ..., with f called by hand; maps of all branches."""
     backbone, states = model.backbone, []
     with torch.no_grad():
-        injection = backbone.injection(backbone.stem(images))
-        maps = backbone._start(injection)
+        injections = backbone.inject(images)
+        maps = backbone._start(injections[0])
         for _ in range(count):
-            maps = backbone.equilibrium.f(maps, injection)
+            maps = backbone.equilibrium.f(maps, *injections)
             states.append(maps)
     return states
 
 
 def labels_of(model, maps):
     """What the head predicts from the branches of ``out_indices``."""
-    maps = [maps[i] for i in model.backbone.out_indices]
     with torch.no_grad():
+        maps = model.backbone.outputs(maps)
         logits = model.decode_head(model.neck(maps) if model.with_neck else maps)
     return interpolate(logits, SIZE, mode='bilinear', align_corners=True).argmax(1)
 
@@ -91,6 +96,22 @@ def test_snapshots_are_those_of_plain_iteration(images, batch):
     found = predict_by_evaluation(model, batch)
     assert [len(snapshots) for snapshots in found] == [7, 7, 7]
     assert_follows_iterates(model, images, found)
+
+
+def test_outputs_are_normalised_as_the_backbone_does(images, batch):
+    model = segmentor(TO_THE_LIMIT)
+    raw = predict_by_evaluation(model, batch)
+    for i, channels in enumerate(CHANNELS):
+        norm = torch.nn.BatchNorm2d(channels, affine=False).double().eval()
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.2, 5)
+        model.backbone.out_norms[str(i)] = norm
+    found = predict_by_evaluation(model, batch)
+    assert_follows_iterates(model, images, found)
+    assert any(
+        not torch.equal(a[-1].labels, b[-1].labels)
+        for a, b in zip(found, raw, strict=True)
+    )
 
 
 def test_residuals_are_those_of_the_trace(batch):

@@ -13,7 +13,7 @@ Needs: python -m pip install --no-deps -r requirements/visualization.txt
 Examples:
     python tools/analysis_tools/vis_cam.py 3.png CONFIG CHECKPOINT
     python tools/analysis_tools/vis_cam.py street.png CONFIG CHECKPOINT \
-        --category Pedestrian --target-layers backbone.injection backbone
+        --category Pedestrian --target-layers backbone.injection.0 backbone
 """
 
 import argparse
@@ -74,7 +74,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar='NAME',
         default=['backbone'],
         help='modules of the model whose maps are drawn, such as backbone.stem, '
-        'backbone.injection or neck.0.final (default: backbone)',
+        'backbone.injection.0 or neck.0.final (default: backbone)',
     )
     parser.add_argument(
         '--method',
@@ -124,8 +124,8 @@ def find_layers(model, names):
             if isinstance(module, EquilibriumLayer) and name.startswith(f'{outer}.'):
                 raise ValueError(
                     f'the layer {name!r} lies inside f, which is evaluated many times: '
-                    'use backbone for the equilibrium, or backbone.injection for what '
-                    'it is given'
+                    'use backbone for the equilibrium, or backbone.injection.0 for '
+                    'what it is given'
                 )
     return {name: modules[name] for name in names}
 

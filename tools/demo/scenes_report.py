@@ -22,8 +22,7 @@ COLUMNS = {
 }
 
 NOTE = (
-    'What the MDEQ keeps is that of a step at the equilibrium; its first epochs are '
-    'unrolled, and keep several evaluations of f.'
+    'What the MDEQ keeps is the three evaluations of f that its gradient goes through.'
 )
 
 # After how many evaluations of f predictions are shown, beside those after all.

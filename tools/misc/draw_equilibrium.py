@@ -95,8 +95,7 @@ def probabilities(model, batch):
     found, residuals = [], []
 
     def look(rows, maps, residual):
-        maps = tuple(maps[i] for i in model.backbone.out_indices)
-        logits = model.head(model.neck(maps))
+        logits = model.head(model.neck(model.backbone.outputs(maps)))
         found.append(logits.softmax(1)[0])
         residuals.append(residual[0])
 

@@ -28,7 +28,19 @@ CONFIG = dict(
     type='ImageClassifier',
     backbone=dict(
         type='MDEQ',
-        arch=dict(channels=CHANNELS, num_groups=4, expansion=2, downsample_times=1),
+        # As in the official model.
+        arch=dict(
+            channels=CHANNELS,
+            num_groups=4,
+            expansion=2,
+            downsample_times=1,
+            injection='first',
+        ),
+        out_norm_cfg=None,
+        init_cfg=[
+            dict(type='Normal', layer='Conv2d', std=0.01),
+            dict(type='Constant', layer=['_BatchNorm', 'GroupNorm'], val=1, bias=0),
+        ],
     ),
     neck=[
         dict(
@@ -68,7 +80,7 @@ def iterate(backbone, images, steps):
         tuple[list[Tensor], list[Tensor], Tensor]: The last iterate, the one before
         it, and the injection.
     """
-    injection = backbone.injection(backbone.stem(images))
+    (injection,) = backbone.inject(images)
     n, _, height, width = injection.shape
     maps = []
     for channels in CHANNELS:

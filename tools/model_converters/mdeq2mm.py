@@ -2,7 +2,8 @@
 
 The result loads into an mmpretrain classifier (``--task cls``: backbone, neck of
 ``MDEQFuseScales`` and ``GlobalAveragePooling``, ``LinearClsHead``) or an mmseg
-segmentor (``--task seg``: backbone, ``FCNHead``).
+segmentor (``--task seg``: backbone, ``FCNHead``) of the ``*_official_*`` configs, whose
+backbone has ``injection='first'`` in its ``arch`` and ``out_norm_cfg=None``.
 
 Example:
     python tools/model_converters/mdeq2mm.py official.pkl mdeq.pth --task cls
@@ -197,8 +198,10 @@ def main(argv=None):
     torch.save(dict(meta=meta, state_dict=state), part)
     part.replace(dst)
     console.print(
-        f'{len(names)} entries used, {len(left)} left; written to {dst}',
+        f'{len(names)} entries used, {len(left)} left; written to {dst}, for the '
+        "*_official_* configs (arch=dict(..., injection='first'), out_norm_cfg=None)",
         highlight=False,
+        markup=False,
     )
 
 

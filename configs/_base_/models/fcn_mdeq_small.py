@@ -1,5 +1,5 @@
 # model settings: MDEQ-small for segmentation, 9.0 M parameters
-norm_cfg = dict(type='SyncBN', momentum=0.01, requires_grad=True)
+norm_cfg = dict(type='SyncBN', requires_grad=True)
 data_preprocessor = dict(
     type='SegDataPreProcessor',
     mean=[123.675, 116.28, 103.53],
@@ -23,9 +23,9 @@ model = dict(
         arch='small',
         drop_rate=0.05,
         # Why these: docs/choosing.md. The authors' are in *_official_* configs.
-        solver=dict(type='AndersonSolver', max_steps=8, tol=1e-3, memory=5),
-        eval_solver=dict(type='AndersonSolver', max_steps=20, tol=1e-3, memory=5),
-        gradient=dict(type='PhantomGradient', steps=5),
+        solver=dict(type='AndersonSolver', max_steps=5, tol=1e-3, memory=5),
+        eval_solver=dict(type='AndersonSolver', max_steps=12, tol=1e-3, memory=5),
+        gradient=dict(type='PhantomGradient', steps=3, unroll=True),
         norm_cfg=norm_cfg,
         init_cfg=dict(
             type='Pretrained',

@@ -4,33 +4,19 @@ model = dict(
     type='ImplicitImageClassifier',
     backbone=dict(
         type='MDEQ',
-        arch=dict(
-            channels=(24, 24, 24),
-            num_groups=8,
-            expansion=2,
-            dropout=0.1,
-            downsample_times=2,
-        ),
+        arch=dict(channels=(24, 24, 24), num_groups=8, expansion=2, downsample_times=2),
         in_channels=1,
-        solver=dict(type='AndersonSolver', max_steps=12, tol=1e-2, memory=5),
-        eval_solver=dict(type='AndersonSolver', max_steps=30, tol=1e-3, memory=5),
+        solver=dict(type='AndersonSolver', max_steps=5, tol=1e-3, memory=5),
+        eval_solver=dict(type='AndersonSolver', max_steps=12, tol=1e-3, memory=5),
         gradient=dict(type='PhantomGradient', steps=3),
         # One more evaluation of f a step, for half of the memory.
         with_cp=True,
     ),
-    neck=[
-        dict(
-            type='MDEQFuseScales',
-            in_channels=(24, 24, 24),
-            head_channels=(4, 6, 8),
-            out_channels=64,
-        ),
-        dict(type='GlobalAveragePooling'),
-    ],
+    neck=dict(type='MDEQPoolBranches', in_channels=(24, 24, 24)),
     head=dict(
         type='LinearClsHead',
         num_classes=10,
-        in_channels=64,
+        in_channels=72,
         loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
         topk=(1,),
     ),

@@ -5,9 +5,9 @@ model = dict(
         type='MDEQ',
         arch='cifar-large',
         # Why these: docs/choosing.md. The authors' are in *_official_* configs.
-        solver=dict(type='AndersonSolver', max_steps=8, tol=1e-3, memory=5),
-        eval_solver=dict(type='AndersonSolver', max_steps=20, tol=1e-3, memory=5),
-        gradient=dict(type='PhantomGradient', steps=5),
+        solver=dict(type='AndersonSolver', max_steps=5, tol=1e-3, memory=5),
+        eval_solver=dict(type='AndersonSolver', max_steps=12, tol=1e-3, memory=5),
+        gradient=dict(type='PhantomGradient', steps=3, unroll=True),
     ),
     neck=[
         dict(
@@ -16,7 +16,7 @@ model = dict(
             head_channels=(14, 28, 56, 112),
             out_channels=1680,
         ),
-        dict(type='GlobalAveragePooling'),
+        dict(type='MDEQPoolBranches', in_channels=1680),
     ],
     head=dict(
         type='LinearClsHead',

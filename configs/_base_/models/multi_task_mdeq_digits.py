@@ -16,19 +16,11 @@ model = dict(
         ),
         seg={{_base_.data_preprocessor}},
     ),
-    neck=[
-        dict(
-            type='MDEQFuseScales',
-            in_channels={{_base_.channels}},
-            head_channels=(4, 6, 8),
-            out_channels=64,
-        ),
-        dict(type='GlobalAveragePooling'),
-    ],
+    neck=dict(type='MDEQPoolBranches', in_channels={{_base_.channels}}),
     head=dict(
         type='LinearClsHead',
         num_classes=10,
-        in_channels=64,
+        in_channels=96,
         loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
         topk=(1,),
     ),

@@ -23,7 +23,7 @@ model = dict(
             head_channels=(24, 48, 96, 192),
             out_channels=2048,
         ),
-        dict(type='GlobalAveragePooling'),
+        dict(type='MDEQPoolBranches', in_channels=2048),
     ],
     head=dict(
         type='LinearClsHead',

@@ -4,6 +4,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from ...implicit.checks import check_int
 from ...implicit.layer import equilibrium_layers
 
 
@@ -36,6 +37,39 @@ def required_layers(runner, hook):
             "remove the hook, or use a backbone of type='MDEQ'"
         )
     return layers
+
+
+def check_time(field, value):
+    """Refuse a time that is neither a count of 0 or more nor a share of 0 to 1.
+
+    Args:
+        field (str): Name of the field, for messages.
+        value (int | float): A float is a share of the training run.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is out of range.
+    """
+    if not isinstance(value, float):
+        check_int(field, value, 0)
+    elif not 0 <= value <= 1:
+        raise ValueError(
+            f'{field}={value} is out of range: a float is a share of the training '
+            'run, use 0.0 to 1.0, or an integer for iterations or epochs'
+        )
+
+
+def resolve_time(value, runner, by_epoch):
+    """A time in iterations or epochs, right for any length of the training run.
+
+    Args:
+        value (int | float): As :func:`check_time` takes it.
+        runner (Runner): Of the training run.
+        by_epoch (bool): Whether epochs are counted.
+    """
+    if not isinstance(value, float):
+        return value
+    return round(value * (runner.max_epochs if by_epoch else runner.max_iters))
 
 
 def check_epochs(runner, hook):

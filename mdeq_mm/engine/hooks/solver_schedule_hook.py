@@ -7,7 +7,7 @@ from mmengine.hooks import Hook
 from ...implicit.checks import check_amount, check_flag, check_int
 from ...implicit.layer import equilibrium_layers
 from ...registry import HOOKS
-from .layers import check_epochs, required_layers
+from .layers import check_epochs, check_time, required_layers, resolve_time
 
 _FIELDS = ('solver', 'gradient')
 _ENTRIES = ('max_steps', 'tol')
@@ -24,9 +24,10 @@ class SolverScheduleHook(Hook):
 
     Args:
         milestones (list[dict]): Each with ``begin``, the first epoch (or
-            iteration) that it holds for, and ``solver`` (forward) or ``gradient``
-            (backward) or both: dicts with ``max_steps``, ``tol`` or both. What a
-            milestone does not name stays as it was.
+            iteration) that it holds for, or as a float a share of the training run,
+            and ``solver`` (forward) or ``gradient`` (backward) or both: dicts with
+            ``max_steps``, ``tol`` or both. What a milestone does not name stays as
+            it was.
         by_epoch (bool): Whether ``begin`` counts epochs.
 
     Raises:
@@ -52,15 +53,12 @@ class SolverScheduleHook(Hook):
         check_flag('SolverScheduleHook.by_epoch', by_epoch)
         for i, milestone in enumerate(milestones):
             _check(f'SolverScheduleHook.milestones[{i}]', milestone)
-        begins = [milestone['begin'] for milestone in milestones]
-        if begins != sorted(set(begins)):
-            raise ValueError(
-                f'SolverScheduleHook.milestones begin at {begins}: give them in '
-                'ascending order, each once'
-            )
         self.milestones = milestones
         self.by_epoch = by_epoch
         self._applied = 0
+        self._begins = [milestone['begin'] for milestone in milestones]
+        if len({isinstance(begin, float) for begin in self._begins}) == 1:
+            self._check_order()
 
     def before_train(self, runner):
         layers = required_layers(runner, self)
@@ -72,11 +70,23 @@ class SolverScheduleHook(Hook):
             if getattr(layer.gradient, 'solver', None) is not None:
                 layer.gradient.solver = copy.copy(layer.gradient.solver)
         self._check_gradients(layers)
+        self._begins = [
+            resolve_time(milestone['begin'], runner, self.by_epoch)
+            for milestone in self.milestones
+        ]
+        self._check_order()
         self._applied = 0
         self._apply(runner)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         self._apply(runner)
+
+    def _check_order(self):
+        if self._begins != sorted(set(self._begins)):
+            raise ValueError(
+                f'SolverScheduleHook.milestones begin at {self._begins}: give them in '
+                'ascending order, each once'
+            )
 
     def _check_gradients(self, layers):
         for milestone in self.milestones:
@@ -89,8 +99,9 @@ class SolverScheduleHook(Hook):
 
     def _apply(self, runner):
         now = runner.epoch if self.by_epoch else runner.iter
-        begun = sum(milestone['begin'] <= now for milestone in self.milestones)
-        for milestone in self.milestones[self._applied : begun]:
+        begun = sum(begin <= now for begin in self._begins)
+        for number in range(self._applied, begun):
+            milestone = self.milestones[number]
             for layer in equilibrium_layers(runner.model):
                 for field in _FIELDS:
                     target = layer.solver if field == 'solver' else layer.gradient
@@ -101,7 +112,7 @@ class SolverScheduleHook(Hook):
             unit = 'epoch' if self.by_epoch else 'iteration'
             told = [f'{f} {dict(milestone[f])}' for f in _FIELDS if f in milestone]
             runner.logger.info(
-                f'From {unit} {milestone["begin"]} on: {", ".join(told)}.'
+                f'From {unit} {self._begins[number]} on: {", ".join(told)}.'
             )
         self._applied = begun
 
@@ -109,7 +120,7 @@ class SolverScheduleHook(Hook):
 def _check(field, milestone):
     if not hasattr(milestone, 'items') or 'begin' not in milestone:
         raise TypeError(f'{field} must be a dict with begin, got {milestone!r}')
-    check_int(f'{field}.begin', milestone['begin'], 0)
+    check_time(f'{field}.begin', milestone['begin'])
     unknown = sorted(set(milestone) - {'begin', *_FIELDS}, key=str)
     if unknown:
         raise ValueError(f'{field} has the unknown key {unknown[0]!r}: use {_FIELDS}')

@@ -1,4 +1,4 @@
-"""Training that starts unrolled."""
+"""Unrolled phase at the start of training."""
 
 import torch
 from mmengine.dist import all_reduce
@@ -7,7 +7,7 @@ from mmengine.hooks import Hook
 from ...implicit.checks import check_amount, check_flag, check_int
 from ...implicit.layer import equilibrium_layers
 from ...registry import HOOKS
-from .layers import check_epochs, required_layers
+from .layers import check_epochs, check_time, required_layers, resolve_time
 
 #: Of the state in the message hub, which checkpoints hold.
 _STATE = 'unroll_warmup'
@@ -15,7 +15,7 @@ _STATE = 'unroll_warmup'
 
 @HOOKS.register_module()
 class UnrollWarmupHook(Hook):
-    """Trains unrolled at first, because a random f has no equilibrium to find.
+    """Unrolled phase at the start of training, as the official models have it.
 
     Until ``end``, equilibrium layers apply f ``unroll_steps`` times and
     differentiate through all of them, in training and in validation; then they
@@ -29,8 +29,9 @@ class UnrollWarmupHook(Hook):
 
     Args:
         unroll_steps (int): Applications of f in the unrolled phase.
-        end (int): First iteration (or epoch) that solves at the latest; 0 never
-            unrolls.
+        end (int | float): First iteration (or epoch) that solves at the latest; 0
+            never unrolls. A float is a share of the training run, 0.5 being its
+            first half, which is right for any number of GPUs, batch and length.
         by_epoch (bool): Whether ``end`` counts epochs.
         threshold (float, optional): Residual, relative, at which the phase may end
             before. Default: it does not.
@@ -55,7 +56,7 @@ class UnrollWarmupHook(Hook):
         readings=5,
     ):
         check_int('UnrollWarmupHook.unroll_steps', unroll_steps, 1)
-        check_int('UnrollWarmupHook.end', end, 0)
+        check_time('UnrollWarmupHook.end', end)
         check_flag('UnrollWarmupHook.by_epoch', by_epoch)
         if threshold is not None:
             check_amount('UnrollWarmupHook.threshold', threshold)
@@ -75,20 +76,22 @@ class UnrollWarmupHook(Hook):
         self.end = end
         self.by_epoch = by_epoch
         self._unrolled = None
+        self._end = None
 
     def before_train(self, runner):
         required_layers(runner, self)
         check_epochs(runner, self)
+        self._end = resolve_time(self.end, runner, self.by_epoch)
         if self.threshold is not None:
             # Of the checkpoint, where one is resumed.
             found = runner.message_hub.runtime_info.get(_STATE, {})
             self._below = found.get('below', 0)
             self._settled = found.get('settled')
         last = runner.max_epochs if self.by_epoch else runner.max_iters
-        if 0 < last <= self.end and self.threshold is None:
+        if 0 < last <= self._end and self.threshold is None:
             runner.logger.warning(
-                f'UnrollWarmupHook.end={self.end} is not reached in this training of '
-                f'{last}: it is unrolled to the end, and never solves.'
+                f'UnrollWarmupHook.end={self.end} is not reached in this training run '
+                f'of {last}: it is unrolled to the end, and never solves.'
             )
         self._apply(runner)
 
@@ -124,7 +127,7 @@ class UnrollWarmupHook(Hook):
 
     def _apply(self, runner):
         time = runner.epoch if self.by_epoch else runner.iter
-        self._set(runner, time < self.end and self._settled is None)
+        self._set(runner, time < self._end and self._settled is None)
 
     def _set(self, runner, unrolled):
         if unrolled == self._unrolled:
@@ -138,7 +141,7 @@ class UnrollWarmupHook(Hook):
                 early = f' or a residual of {self.threshold}'
             runner.logger.info(
                 f'Training unrolled, {self.unroll_steps} evaluations of f, '
-                f'until {unit} {self.end}{early}.'
+                f'until {unit} {self._end}{early}.'
             )
         elif self._unrolled:
             # In the unit of the line before, if it came as announced.

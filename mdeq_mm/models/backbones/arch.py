@@ -18,6 +18,9 @@ class Arch:
             the fusion have half as many.
         expansion (int): Factor of the channels inside the residual blocks.
         dropout (float): Rate of the variational dropout, in [0, 1).
+        injection (str): Branches that the image enters: ``'all'``, or ``'first'``
+            as in the official model, where the others start from zeros alone, which
+            their norms are singular at.
         downsample_times (int): How many times the stem halves the resolution.
         post_gn_affine (bool): Whether the norms after the fusion are affine.
         weight_norm (bool): Whether convolutions of f are weight-normalised.
@@ -32,6 +35,7 @@ class Arch:
     num_groups: int = 8
     expansion: int = 5
     dropout: float = 0.0
+    injection: str = 'all'
     downsample_times: int = 2
     post_gn_affine: bool = True
     weight_norm: bool = True
@@ -50,6 +54,11 @@ class Arch:
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(
                 f'arch.dropout={self.dropout!r} is out of range: use 0 <= dropout < 1'
+            )
+        if self.injection not in ('all', 'first'):
+            raise ValueError(
+                f"arch.injection={self.injection!r} is unknown: use 'all' (the image "
+                "enters every branch) or 'first' (the official model)"
             )
         if len(self.channels) < 2:
             raise ValueError(
@@ -81,21 +90,23 @@ class Arch:
         return 2 ** (self.downsample_times + len(self.channels) - 1)
 
     @property
+    def injected(self):
+        """int: Number of branches that the image enters."""
+        return len(self.channels) if self.injection == 'all' else 1
+
+    @property
     def has_injection(self):
-        """bool: Whether a 1x1 convolution stands between stem and f."""
-        return self.downsample_times > 0 or len(self.channels) > 2
+        """bool: Whether 1x1 convolutions stand between stem and f."""
+        official = self.downsample_times > 0 or len(self.channels) > 2
+        return self.injection == 'all' or official
 
 
-#: Bai et al. 2020, with the settings of the authors' configuration files.
+#: The sizes of Bai et al. 2020. The official models are these with
+#: ``injection='first'``, and on CIFAR-10 with dropout.
 PRESETS = {
-    'cifar-tiny': dict(
-        channels=(24, 24), dropout=0.25, downsample_times=0, post_gn_affine=False
-    ),
+    'cifar-tiny': dict(channels=(24, 24), downsample_times=0, post_gn_affine=False),
     'cifar-large': dict(
-        channels=(32, 64, 128, 256),
-        dropout=0.3,
-        downsample_times=0,
-        post_gn_affine=False,
+        channels=(32, 64, 128, 256), downsample_times=0, post_gn_affine=False
     ),
     'small': dict(channels=(32, 64, 128, 256)),
     'large': dict(channels=(80, 160, 320, 640)),
@@ -106,27 +117,37 @@ PRESETS = {
 def build_arch(arch):
     """Arch from the name of a preset or a dict of the fields of :class:`Arch`.
 
+    Args:
+        arch (str | dict | Arch): A dict may name the ``preset`` that it changes.
+
     Raises:
         TypeError: If ``arch`` is neither, or has unknown fields.
         ValueError: If the name is unknown, or a field is out of its range.
     """
+    if isinstance(arch, Arch):
+        return arch
     if isinstance(arch, str):
-        if arch not in PRESETS:
-            raise ValueError(
-                f'arch={arch!r} is unknown: use one of {", ".join(PRESETS)}, or a '
-                'dict of their fields'
-            )
-        return Arch(**PRESETS[arch])
+        arch = dict(preset=arch)
     if not hasattr(arch, 'items'):
         raise TypeError(
             f'arch must be the name of a preset ({", ".join(PRESETS)}) or a dict, '
             f'got {arch!r}'
         )
+    arch = dict(arch)
+    preset = arch.pop('preset', None)
+    if preset is not None:
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise ValueError(
+                f'arch={preset!r} is unknown: use one of {", ".join(PRESETS)}, or a '
+                'dict of their fields'
+            )
+        arch = PRESETS[preset] | arch
     known = [f.name for f in fields(Arch)]
     unknown = sorted(map(str, set(arch) - set(known)))
     if unknown:
         raise TypeError(
-            f'arch has no field {", ".join(unknown)}: its fields are {", ".join(known)}'
+            f'arch has no field {", ".join(unknown)}: its fields are '
+            f'{", ".join(known)}, and preset, the size that it changes'
         )
     if 'channels' not in arch:
         raise TypeError("arch lacks 'channels', the channels of each branch")

@@ -1,13 +1,16 @@
 """The MDEQ backbone."""
 
+import logging
 import numbers
 import warnings
 from collections.abc import Sequence
 
 import torch
-from mmcv.cnn import ConvModule
+from mmcv.cnn import ConvModule, build_norm_layer
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import nn
+from torch.nn.functional import avg_pool2d
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,11 +31,16 @@ class MDEQ(BaseModule):
 
     A stem and an injection feed one multiscale function f, which is driven to its
     equilibrium z* = f(z*, x) at all resolutions at once. The backbone returns z*
-    (in training f(z*), through which the gradient passes).
+    (in training f(z*), through which the gradient passes), normalised over the batch.
+
+    The official models are ``arch=dict(preset=..., injection='first')``,
+    ``out_norm_cfg=None``, another initialisation, Broyden's method and the implicit
+    gradient: the ``*_official_*`` configs have all of it.
 
     Args:
         arch (str | dict): ``'cifar-tiny'``, ``'cifar-large'``, ``'small'``,
-            ``'large'`` or ``'xl'``, or a dict of the fields of :class:`Arch`.
+            ``'large'`` or ``'xl'``, or a dict of the fields of :class:`Arch`, which
+            may name the ``preset`` that it changes.
         in_channels (int): Channels of the image.
         out_indices (Sequence[int]): Branches that are returned, 0 being the
             highest resolution. Default: all.
@@ -43,6 +51,11 @@ class MDEQ(BaseModule):
         eval_solver (dict, optional): Solver in evaluation. Default: ``solver``.
         gradient (dict): How gradients pass through the equilibrium.
         norm_cfg (dict): Norm of stem and injection.
+        out_norm_cfg (dict, optional): Norm of each map that is returned. None returns
+            the raw equilibria, as the official model does: group norms end f, so
+            that a head which pools them sees next to no difference between images.
+            The default has no parameters of its own, which a head that reads only
+            some of the maps would leave without gradient.
         norm_eval (bool): Whether batch norms stay in evaluation mode in training.
         frozen_stages (int): What is frozen: -1 nothing, 0 the stem, 1 the
             injection too, 2 everything.
@@ -70,7 +83,7 @@ class MDEQ(BaseModule):
         >>> [tuple(m.shape) for m in maps]
         [(1, 32, 16, 16), (1, 64, 8, 8), (1, 128, 4, 4), (1, 256, 2, 2)]
         >>> backbone.last_solution.steps.tolist()
-        [27]
+        [5]
     """
 
     def __init__(
@@ -79,13 +92,11 @@ class MDEQ(BaseModule):
         in_channels=3,
         out_indices=None,
         drop_rate=None,
-        solver=dict(type='BroydenSolver', max_steps=27, tol=1e-3),
+        solver=dict(type='AndersonSolver', max_steps=5, tol=1e-3, memory=5),
         eval_solver=None,
-        gradient=dict(
-            type='ImplicitGradient',
-            solver=dict(type='BroydenSolver', max_steps=28, tol=1e-3),
-        ),
+        gradient=dict(type='PhantomGradient', steps=3, unroll=True),
         norm_cfg=dict(type='BN'),
+        out_norm_cfg=dict(type='BN', affine=False),
         norm_eval=False,
         frozen_stages=-1,
         with_cp=False,
@@ -137,9 +148,22 @@ class MDEQ(BaseModule):
         # itself, after init_cfg.
         self.injection = nn.Sequential()
         if self.arch.has_injection:
-            self.injection.append(
-                ConvModule(width, width, 1, bias=False, norm_cfg=norm_cfg)
-            )
+            official = self.arch.injection == 'first'
+            for channels in self.arch.channels[: self.arch.injected]:
+                self.injection.append(
+                    ConvModule(
+                        width,
+                        channels,
+                        1,
+                        bias=False,
+                        norm_cfg=norm_cfg,
+                        act_cfg=dict(type='ReLU') if official else None,
+                    )
+                )
+        for module in [*self.stem.modules(), *self.injection.modules()]:
+            if isinstance(module, nn.Conv2d):
+                # PyTorch's own, in place of ConvModule's.
+                module.reset_parameters()
         f = MultiscaleFunction(
             self.arch.channels,
             self.arch.num_blocks,
@@ -147,13 +171,23 @@ class MDEQ(BaseModule):
             self.arch.expansion,
             self.arch.post_gn_affine,
             self.arch.weight_norm,
+            self.arch.injected,
         )
         self.equilibrium = EquilibriumLayer(
             f, solver, gradient, eval_solver, recompute=with_cp
         )
+        self.out_norms = nn.ModuleDict()
+        if out_norm_cfg is not None:
+            for i in self.out_indices:
+                channels = self.arch.channels[i]
+                check_norm(out_norm_cfg, channels, 'out_norm_cfg')
+                self.out_norms[str(i)] = build_norm_layer(out_norm_cfg, channels)[1]
+        self.register_load_state_dict_pre_hook(_check_variant)
         self.register_load_state_dict_pre_hook(adapt_channels)
         self.register_load_state_dict_pre_hook(check_state_dict)
         self.register_load_state_dict_pre_hook(check_no_more)
+        # Whether what follows raw equilibria was looked at.
+        self._watched = bool(self.out_norms)
         self._freeze()
 
     @property
@@ -189,8 +223,8 @@ class MDEQ(BaseModule):
             ValueError: If the images have no pixels, or norms would be of one number.
         """
         self._check_images(x)
-        injection = self.injection(self.stem(x))
-        start = self._start(injection)
+        injections = self.inject(x)
+        start = self._start(injections[0])
         if self.warm_start and not self.training:
             start = self._continued(start)
         masks = ()
@@ -200,9 +234,46 @@ class MDEQ(BaseModule):
                 for z, blocks in zip(start, self.arch.num_blocks, strict=True)
                 for _ in range(blocks)
             ]
-        maps = self.equilibrium(start, injection, *masks)
+        maps = self.equilibrium(start, *injections, *masks)
         # The state is float32 or wider; what follows is as wide as the images.
-        return tuple(maps[i].to(x.dtype) for i in self.out_indices)
+        maps = self.outputs([m.to(x.dtype) for m in maps])
+        if self.training and not self._watched:
+            self._watched = True
+            _watch(maps)
+        return maps
+
+    def inject(self, images):
+        """What f is given of images: stem and injection.
+
+        Args:
+            images (Tensor): (N, in_channels, H, W).
+
+        Returns:
+            list[Tensor]: The injection of each branch that the image enters,
+            (N, C_i, H_i, W_i).
+        """
+        x = self.stem(images)
+        if self.arch.injection == 'first':
+            return [self.injection(x)]
+        injections = [self.injection[0](x)]
+        for layer in self.injection[1:]:
+            # Sizes as those of the strided convolutions in f, rounded up.
+            x = avg_pool2d(x, 2, ceil_mode=True)
+            injections.append(layer(x))
+        return injections
+
+    def outputs(self, maps):
+        """What the backbone returns of an equilibrium.
+
+        Args:
+            maps (Sequence[Tensor]): All branches, (N, C_i, H_i, W_i).
+
+        Returns:
+            tuple[Tensor]: Those of ``out_indices``, normalised.
+        """
+        if not self.out_norms:
+            return tuple(maps[i] for i in self.out_indices)
+        return tuple(self.out_norms[str(i)](maps[i]) for i in self.out_indices)
 
     def _check_images(self, x):
         if x.dim() != 4 or x.shape[1] != self.in_channels:
@@ -285,11 +356,11 @@ class MDEQ(BaseModule):
         try:
             with torch.no_grad():
                 with FlopCounterMode(display=False) as counter:
-                    injection = self.injection(self.stem(image))
+                    injections = self.inject(image)
                 stem = counter.get_total_flops()
-                start = self._start(injection)
+                start = self._start(injections[0])
                 with FlopCounterMode(display=False) as counter:
-                    self.equilibrium.f(start, injection)
+                    self.equilibrium.f(start, *injections)
                 function = counter.get_total_flops()
         finally:
             self.train(training)
@@ -312,8 +383,8 @@ class MDEQ(BaseModule):
         return self
 
     def _freeze(self):
-        stages = (self.stem, self.injection, self.equilibrium)
-        for stage in stages[: self.frozen_stages + 1]:
+        stages = [(self.stem,), (self.injection,), (self.equilibrium, self.out_norms)]
+        for stage in sum(stages[: self.frozen_stages + 1], ()):
             stage.eval()
             for parameter in stage.parameters():
                 parameter.requires_grad = False
@@ -335,15 +406,70 @@ def _init_cfg(pretrained, init_cfg):
             stacklevel=3,
         )
         return dict(type='Pretrained', checkpoint=pretrained)
-    if init_cfg is not None:
-        check_init(init_cfg)
-        return init_cfg
-    # Weight-normalised convolutions keep PyTorch's own initialisation, as in the
-    # official model: writing to the normalised weight leaves what it is made of.
-    return [
-        dict(type='Normal', layer='Conv2d', std=0.01),
-        dict(type='Constant', layer=['_BatchNorm', 'GroupNorm'], val=1, bias=0),
-    ]
+    check_init(init_cfg)
+    return init_cfg
+
+
+@torch.compiler.disable
+def _watch(maps):
+    """Warn once where raw equilibria are pooled into a layer without a batch norm.
+
+    Such a training run stays at chance for many epochs, and nothing else in its log
+    says why. Pooling is seen by its gradient, which is the same at all pixels, and a
+    norm over the batch by the sum of that over the images, which is zero.
+    """
+
+    def look(grad):
+        same = grad == grad[..., :1, :1]
+        left = grad.sum(0).abs().amax() > 1e-3 * grad.abs().sum(0).amax()
+        if same.all() and left:
+            print_log(
+                'The raw equilibria of MDEQ are pooled into a layer without a norm '
+                'over the batch, and hardly any difference between images is left: '
+                "set out_norm_cfg=dict(type='BN', affine=False) of the backbone, and "
+                "neck=dict(type='MDEQPoolBranches', in_channels=...) in place of "
+                'GlobalAveragePooling.',
+                logger='current',
+                level=logging.WARNING,
+            )
+
+    last = maps[-1]
+    if last.requires_grad and len(last) > 1 and last[0, 0].numel() > 1:
+        last.register_hook(look)
+
+
+def _check_variant(module, state_dict, prefix, *args):
+    """Pre-hook for ``load_state_dict``: names the settings that weights belong to.
+
+    Official models, converted or of configs named so, have another injection and no
+    output norms; so had all models of version 0.1.
+    """
+    if not any(key.startswith(f'{prefix}equilibrium.') for key in state_dict):
+        return
+
+    def has(part):
+        return any(key.startswith(prefix + part) for key in state_dict)
+
+    wrong = []
+    injection = 'all' if has('injection.1.') else 'first'
+    if injection != module.arch.injection:
+        wrong.append(f"arch=dict(..., injection='{injection}')")
+    # Norms without weights or statistics leave no trace.
+    own = bool(module.out_norms.state_dict())
+    if has('out_norms.') != own:
+        norm = "dict(type='BN', affine=False)" if has('out_norms.') else None
+        wrong.append(f'out_norm_cfg={norm}')
+    if wrong:
+        raise RuntimeError(
+            'the checkpoint is of an MDEQ with another injection or output norm: set '
+            f'{" and ".join(wrong)} of the backbone; checkpoints of the official code '
+            'and of version 0.1 fit the *_official_* configs'
+        )
+    # Of branches that are not returned here.
+    others = set(range(len(module.arch.channels))) - set(module.out_indices)
+    others = tuple(f'{prefix}out_norms.{i}.' for i in others)
+    for key in [key for key in state_dict if key.startswith(others)]:
+        del state_dict[key]
 
 
 def _out_indices(out_indices, branches):

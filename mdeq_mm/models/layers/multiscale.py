@@ -24,6 +24,7 @@ class MultiscaleFunction(nn.Module):
         post_gn_affine (bool): Whether the norms after the fusion are affine.
         weight_norm (bool): Whether the convolutions of the blocks and after the
             fusion are weight-normalised.
+        injected (int): Number of branches that the image enters, from the first on.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class MultiscaleFunction(nn.Module):
         expansion,
         post_gn_affine,
         weight_norm=True,
+        injected=1,
     ):
         super().__init__()
+        self.injected = injected
         self.branches = nn.ModuleList(
             nn.ModuleList(
                 ResidualBlock(c, expansion, num_groups, weight_norm)
@@ -51,23 +54,23 @@ class MultiscaleFunction(nn.Module):
             group_norm(num_groups // 2, c, post_gn_affine) for c in channels
         )
 
-    def forward(self, maps, injection, *masks):
+    def forward(self, maps, *inputs):
         """Evaluate f.
 
         Args:
             maps (list[Tensor]): The state, (N, C_i, H_i, W_i).
-            injection (Tensor): (N, C_0, H_0, W_0), enters the first branch.
-            *masks (Tensor): (N, C_i, 1, 1), a dropout mask for each block of each
-                branch in turn, or none at all.
+            *inputs (Tensor): The injection of each branch that the image enters,
+                (N, C_i, H_i, W_i), then a dropout mask for each block of each branch
+                in turn, (N, C_i, 1, 1), or none at all.
 
         Returns:
             list[Tensor]: Of the shapes of ``maps``.
         """
-        masks = iter(masks)
+        injections, masks = inputs[: self.injected], iter(inputs[self.injected :])
         out = []
         for i, (x, blocks) in enumerate(zip(maps, self.branches, strict=True)):
             for k, block in enumerate(blocks):
-                enters = injection if i == 0 and k == 0 else None
+                enters = injections[i] if i < self.injected and k == 0 else None
                 x = block(x, enters, next(masks, None))
             out.append(x)
         fused = self.fusion(out)

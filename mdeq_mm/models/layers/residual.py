@@ -27,7 +27,12 @@ def conv(kernel, inside, outside, stride=1, weight_norm=False):
     layer = build_conv_layer(
         None, inside, outside, kernel, stride, padding=kernel // 2, bias=False
     )
-    return normalise(layer, dim=0) if weight_norm else layer
+    if weight_norm:
+        return normalise(layer, dim=0)
+    # As in the official model: norms follow, so that the size matters to the optimiser
+    # alone.
+    nn.init.normal_(layer.weight, std=0.01)
+    return layer
 
 
 class ResidualBlock(nn.Module):

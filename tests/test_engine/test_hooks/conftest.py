@@ -35,7 +35,8 @@ class Classifier(BaseModel):
     def __init__(self):
         super().__init__()
         arch = dict(channels=(4, 8), num_groups=4, expansion=1, downsample_times=1)
-        self.backbone = MDEQ(arch=arch, solver=SOLVER)
+        gradient = dict(type='ImplicitGradient', solver=SOLVER)
+        self.backbone = MDEQ(arch=arch, solver=SOLVER, gradient=gradient)
         self.head = nn.Linear(8, 2)
 
     def forward(self, inputs, target, mode='tensor'):

@@ -20,9 +20,12 @@ class _Model(BaseModel):
     def __init__(self, layers=1, **options):
         super().__init__()
         for i in range(layers):
+            solver = dict(type='AndersonSolver', max_steps=6)
             backbone = MDEQ(
                 arch=dict(channels=(8, 8), downsample_times=0),
-                solver=dict(type='AndersonSolver', max_steps=6),
+                solver=solver,
+                gradient=dict(type='ImplicitGradient', solver=solver),
+                out_norm_cfg=None,
                 **options,
             )
             self.add_module(f'backbone{i}', backbone)
@@ -120,10 +123,11 @@ def test_spectral_radius_at_its_interval(tmp_path):
         def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
             with torch.no_grad():
                 layer = runner.model.backbone0.equilibrium
-                stem = runner.model.backbone0
+                backbone = runner.model.backbone0
                 images = runner.model.data_preprocessor(data_batch)['inputs'][:1]
-                injection = stem.injection(stem.stem(images))
-                equation = layer.equation(stem._start(injection), injection)
+                injections = backbone.inject(images)
+                start = backbone._start(injections[0])
+                equation = layer.equation(start, *injections)
                 z = layer.last_solution.value[:1]
             generator = torch.Generator().manual_seed(runner.iter)
             seen.append(spectral_radius(equation, z, 30, generator).item())

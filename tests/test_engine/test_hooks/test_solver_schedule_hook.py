@@ -51,6 +51,46 @@ def test_by_iteration(make_runner):
     assert steps(watched(runner).train) == {0: 3, 1: 3, 2: 3, 3: 3, 4: 5, 5: 5}
 
 
+SHARES = (
+    dict(begin=0.0, solver=dict(max_steps=3, tol=0.0)),
+    dict(begin=0.5, solver=dict(max_steps=5)),
+)
+
+
+def test_shares_of_the_iterations(make_runner):
+    runner = make_runner([hook(*SHARES, by_epoch=False)], BY_ITER)
+    with logged() as texts:
+        runner.train()
+    assert steps(watched(runner).train) == {0: 3, 1: 3, 2: 3, 3: 5, 4: 5, 5: 5}
+    assert "From iteration 3 on: solver {'max_steps': 5}." in texts
+
+
+@pytest.mark.parametrize(('epochs', 'begin'), [(2, 1), (4, 2)])
+def test_shares_of_the_epochs(make_runner, epochs, begin):
+    cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=9)
+    runner = make_runner([hook(*SHARES)], cfg)
+    runner.train()
+    assert steps(watched(runner).train) == {
+        i: 5 if i >= 2 * begin else 3 for i in range(2 * epochs)
+    }
+
+
+def test_shares_and_epochs_side_by_side(make_runner):
+    mixed = [SHARES[0], dict(begin=1, solver=dict(max_steps=4)),
+             dict(begin=0.67, solver=dict(max_steps=5))]  # fmt: skip
+    runner = make_runner([hook(*mixed)])
+    runner.train()
+    assert steps(watched(runner).train) == {0: 3, 1: 3, 2: 4, 3: 4, 4: 5, 5: 5}
+
+
+def test_shares_that_fall_on_one_epoch_are_refused(make_runner):
+    mixed = [dict(begin=2, solver=dict(max_steps=4)),
+             dict(begin=0.6, solver=dict(max_steps=5))]  # fmt: skip
+    runner = make_runner([hook(*mixed)])
+    with pytest.raises(ValueError, match=r'begin at \[2, 2\]: give them in ascending'):
+        runner.train()
+
+
 def test_a_resumed_training_goes_on_with_what_applies(make_runner, resumable, tmp_path):
     make_runner([hook(*MILESTONES)]).train()
     runner = make_runner(
@@ -91,6 +131,10 @@ def test_a_gradient_without_solver_is_refused(make_runner):
         ([dict(begin=0, solver=dict(max_steps=0))], ValueError, 'max_steps=0'),
         ([dict(begin=0, gradient=dict(tol=-1))], ValueError, r'gradient\.tol=-1'),
         ([dict(begin=5), dict(begin=2)], ValueError, r'begin at \[5, 2\]'),
+        ([dict(begin=0.5), dict(begin=0.2)], ValueError, r'begin at \[0.5, 0.2\]'),
+        ([dict(begin=1.5)], ValueError, r'\[0\]\.begin=1.5 .*share.*0.0 to 1.0'),
+        ([dict(begin=-0.5)], ValueError, r'\[0\]\.begin=-0.5 .*use 0.0 to 1.0'),
+        ([dict(begin='1')], TypeError, r"\[0\]\.begin must be an integer, got '1'"),
     ],
     ids=str,
 )

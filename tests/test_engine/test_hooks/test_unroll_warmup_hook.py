@@ -68,6 +68,50 @@ def test_by_epoch(make_runner):
     assert 'Training at the equilibrium from epoch 3 on.' in texts
 
 
+@pytest.mark.parametrize(
+    ('share', 'last'), [(0.5, 3), (0.34, 2), (0.0, 0), (1.0, 6)], ids=str
+)
+def test_a_share_of_a_loop_over_iterations(make_runner, share, last):
+    runner = make_runner([hook(end=share)], BY_ITER)
+    with logged() as texts:
+        runner.train()
+    assert unrolled(watched(runner).train) == {i: i < last for i in range(6)}
+    assert any(f'until iteration {last}.' in text for text in texts) == (last > 0)
+    assert any('is not reached in this training run of 6' in t for t in texts) == (
+        share == 1
+    )
+
+
+@pytest.mark.parametrize(('epochs', 'last'), [(3, 3), (4, 4)])
+def test_a_share_of_the_iterations_in_a_loop_over_epochs(make_runner, epochs, last):
+    """Of two iterations an epoch; longer training has a longer phase."""
+    cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=9)
+    runner = make_runner([hook(end=0.5)], cfg)
+    runner.train()
+    assert unrolled(watched(runner).train) == {i: i < last for i in range(2 * epochs)}
+
+
+@pytest.mark.parametrize(('share', 'last'), [(0.5, 4), (0.25, 2), (0.26, 2)])
+def test_a_share_of_the_epochs(make_runner, share, last):
+    cfg = dict(by_epoch=True, max_epochs=4, val_interval=9)
+    runner = make_runner([hook(end=share, by_epoch=True)], cfg)
+    with logged() as texts:
+        runner.train()
+    assert unrolled(watched(runner).train) == {i: i < last for i in range(8)}
+    assert f'Training at the equilibrium from epoch {last // 2 + 1} on.' in texts
+
+
+@pytest.mark.usefixtures('resumable')
+def test_a_share_after_a_resume(make_runner, tmp_path):
+    """It is of the whole training run, not of what is left."""
+    make_runner([hook(end=0.5)]).train()
+    again = make_runner(
+        [hook(end=0.5)], resume=True, load_from=str(tmp_path / 'epoch_1.pth')
+    )
+    again.train()
+    assert unrolled(watched(again).train) == {2: 1, 3: 0, 4: 0, 5: 0}
+
+
 def test_never(make_runner):
     runner = make_runner([hook(end=0)])
     with logged() as texts:
@@ -83,7 +127,7 @@ def test_longer_than_the_training(make_runner):
     assert all(unrolled(watched(runner).train).values())
     # A training that is over is not said to go on.
     assert not any('equilibrium from' in text for text in texts)
-    assert any('end=100 is not reached in this training of 6' in t for t in texts)
+    assert any('end=100 is not reached in this training run of 6' in t for t in texts)
     assert runner.model.backbone.equilibrium.unroll_steps is None
 
 
@@ -187,6 +231,14 @@ def test_epochs_under_a_loop_over_iterations_are_refused(make_runner):
         (dict(end=-1), ValueError, r'UnrollWarmupHook.end=-1 .*0 or more'),
         (dict(end=None), TypeError, r'end must be an integer, got None'),
         (dict(end=True), TypeError, r'end must be an integer, got True'),
+        (dict(end='half'), TypeError, r"end must be an integer, got 'half'"),
+        (
+            dict(end=1.5),
+            ValueError,
+            r'Hook.end=1.5 .*share .*0.0 to 1.0, or an integer',
+        ),
+        (dict(end=-0.1), ValueError, r'UnrollWarmupHook.end=-0.1 .*0.0 to 1.0'),
+        (dict(end=float('nan')), ValueError, r'UnrollWarmupHook.end=nan .*0.0 to 1.0'),
         (dict(stop=3), TypeError, r'stop'),
     ],
     ids=str,

@@ -15,9 +15,9 @@ def test_presets():
     assert small.post_gn_affine
     assert small.weight_norm
     tiny = build_arch('cifar-tiny')
-    assert (tiny.channels, tiny.dropout, tiny.post_gn_affine) == ((24, 24), 0.25, False)
+    assert (tiny.channels, tiny.dropout, tiny.post_gn_affine) == ((24, 24), 0.0, False)
     large = build_arch('cifar-large')
-    assert (large.dropout, large.downsample_times) == (0.3, 0)
+    assert (large.dropout, large.downsample_times) == (0.0, 0)
     assert build_arch('large').channels == (80, 160, 320, 640)
     assert build_arch('xl').expansion == 6
 
@@ -35,8 +35,18 @@ def test_smallest_image(arch, least):
     [(0, 2, False), (0, 3, True), (1, 2, True), (2, 2, True), (2, 4, True)],
 )
 def test_when_there_is_an_injection(halvings, branches, injection):
-    arch = build_arch(dict(channels=[8] * branches, downsample_times=halvings))
-    assert arch.has_injection is injection
+    arch = dict(channels=[8] * branches, downsample_times=halvings)
+    every, first = build_arch(arch), build_arch(arch | dict(injection='first'))
+    assert every.has_injection and every.injected == branches
+    assert first.has_injection is injection and first.injected == 1
+
+
+def test_a_dict_may_name_the_preset_that_it_changes():
+    arch = build_arch(dict(preset='small', injection='first', num_groups=4))
+    assert (arch.injection, arch.num_groups) == ('first', 4)
+    assert arch.channels == (32, 64, 128, 256) and arch.expansion == 5
+    assert build_arch(dict(preset='xl')) == build_arch('xl')
+    assert build_arch(arch) is arch
 
 
 def test_dict_has_defaults():
@@ -57,6 +67,17 @@ GOOD = dict(channels=(8, 16))
         (None, TypeError, ['None', 'dict']),
         (4, TypeError, ['arch', '4']),
         (dict(), TypeError, ["lacks 'channels'"]),
+        (dict(preset='tall'), ValueError, ["arch='tall'", 'cifar-tiny', 'small']),
+        (dict(preset=3), ValueError, ['arch=3', 'cifar-tiny']),
+        (dict(preset=['xl']), ValueError, ["arch=['xl']", 'cifar-tiny']),
+        (dict(preset='xl', width=3), TypeError, ['no field width', 'preset']),
+        (
+            GOOD | dict(injection='last'),
+            ValueError,
+            ["arch.injection='last'", "'all'", "'first'"],
+        ),
+        (GOOD | dict(injection=None), ValueError, ['arch.injection=None', "'all'"]),
+        (GOOD | dict(injection=['all']), ValueError, ["arch.injection=['all']"]),
         (GOOD | dict(width=3), TypeError, ['no field width', 'channels', 'expansion']),
         (dict(channels=8), TypeError, ['arch.channels', '8', 'list']),
         (dict(channels='88'), TypeError, ['arch.channels', "'88'"]),

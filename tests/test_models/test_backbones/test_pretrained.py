@@ -108,7 +108,7 @@ class TestWhatFits:
         parts = dict(re.findall(r'([\w.]+) \((\d+)\)', text))
         assert sum(map(int, parts.values())) == len(state) + 20
         assert parts['old'] == '20' and 'left in the file, not loaded: old' in text
-        assert {'stem.0', 'injection.0', 'equilibrium.f'} < set(parts)
+        assert {'stem.0', 'injection.0', 'equilibrium.f', 'out_norms.1'} < set(parts)
 
     def test_weights_survive_the_initialisation_of_a_parent(self, state, save):
         from mmengine.model import BaseModule

@@ -43,6 +43,7 @@ def cases(draw):
         expansion=draw(st.integers(1, 2)),
         downsample_times=halvings,
         dropout=draw(st.sampled_from([0.0, 0.3])),
+        injection=draw(st.sampled_from(['all', 'first'])),
         post_gn_affine=draw(st.booleans()),
         weight_norm=draw(st.booleans()),
     )
@@ -88,6 +89,7 @@ def test_shapes_and_numbers(case):
         with_cp=case['with_cp'],
         # One sample of one pixel has no batch statistics.
         norm_cfg=dict(type='GN', num_groups=1),
+        out_norm_cfg=None,
     ).double()
     backbone.init_weights()
     images = torch.randn(case['n'], 3, *case['size']).double()

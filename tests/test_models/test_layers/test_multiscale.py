@@ -52,12 +52,12 @@ class Reference:
                 x = x.relu()
         return x
 
-    def __call__(self, maps, injection, masks, blocks):
+    def __call__(self, maps, injections, masks, blocks):
         masks = iter(masks or [1] * sum(blocks))
         out = []
         for i, z in enumerate(maps):
             for k in range(blocks[i]):
-                enters = injection if i == k == 0 else 0
+                enters = injections[i] if i < len(injections) and k == 0 else 0
                 z = self.block(z, f'branches.{i}.{k}', enters, next(masks))
             out.append(z)
         fused = []
@@ -94,8 +94,10 @@ def sizes_of(height, width, branches):
     ids=str,
 )
 @pytest.mark.parametrize('dropout', [False, True])
-def test_against_formulas(channels, blocks, size, options, dropout):
-    options = dict(expansion=2, post_gn_affine=True) | options
+@pytest.mark.parametrize('everywhere', [False, True])
+def test_against_formulas(channels, blocks, size, options, dropout, everywhere):
+    injected = len(channels) if everywhere else 1
+    options = dict(expansion=2, post_gn_affine=True, injected=injected) | options
     f = MultiscaleFunction(channels, blocks, num_groups=4, **options).double()
     with torch.no_grad():
         for parameter in f.parameters():
@@ -106,7 +108,7 @@ def test_against_formulas(channels, blocks, size, options, dropout):
         torch.randn(n, c, *s).double()
         for c, s in zip(channels, sizes_of(*size, len(channels)), strict=True)
     ]
-    injection = torch.randn_like(maps[0])
+    injections = [torch.randn_like(m) for m in maps[:injected]]
     masks = []
     if dropout:
         masks = [
@@ -114,8 +116,8 @@ def test_against_formulas(channels, blocks, size, options, dropout):
             for c, k in zip(channels, blocks, strict=True)
             for _ in range(k)
         ]
-    out = f(maps, injection, *masks)
-    expected = Reference(f.state_dict(), 4)(maps, injection, masks, blocks)
+    out = f(maps, *injections, *masks)
+    expected = Reference(f.state_dict(), 4)(maps, injections, masks, blocks)
     assert [m.shape for m in out] == [m.shape for m in maps]
     for a, b in zip(out, expected, strict=True):
         assert relative(a, b) < 1e-12
@@ -141,10 +143,10 @@ def test_which_layers_are_normalised():
 def test_normalised_weights_start_as_plain_ones_would():
     """The norm of the weight as PyTorch initialises it goes into g."""
     torch.manual_seed(1)
-    plain = ResidualBlock(4, 2, 4, weight_norm=False)
+    plain = torch.nn.Conv2d(4, 8, 3, bias=False)
     torch.manual_seed(1)
     normalised = ResidualBlock(4, 2, 4)
-    torch.testing.assert_close(normalised.conv1.weight, plain.conv1.weight)
+    torch.testing.assert_close(normalised.conv1.weight, plain.weight)
     g = normalised.conv1.parametrizations.weight.original0
     assert g.shape == (8, 1, 1, 1)
 
@@ -200,10 +202,10 @@ class OfficialReference(Reference):
 )
 def test_sizes_that_the_official_model_takes_give_its_numbers(size):
     """States of floored sizes, and images of which the stem makes even ones."""
-    arch = dict(channels=(4, 4, 4, 4), num_groups=2, expansion=1)
+    arch = dict(channels=(4, 4, 4, 4), num_groups=2, expansion=1, injection='first')
     backbone = MDEQ(arch=arch).double().eval()
     with torch.no_grad():
-        injection = backbone.injection(backbone.stem(torch.rand(1, 3, *size).double()))
+        (injection,) = backbone.inject(torch.rand(1, 3, *size).double())
         height, width = injection.shape[2:]
         maps = [
             torch.randn(1, 4, height // 2**i, width // 2**i).double() for i in range(4)
@@ -211,6 +213,6 @@ def test_sizes_that_the_official_model_takes_give_its_numbers(size):
         assert [z.shape for z in backbone._start(injection)] == [m.shape for m in maps]
         f = backbone.equilibrium.f
         found = f(maps, injection)
-        expected = OfficialReference(f.state_dict(), 2)(maps, injection, [], [1] * 4)
+        expected = OfficialReference(f.state_dict(), 2)(maps, [injection], [], [1] * 4)
     for a, b in zip(found, expected, strict=True):
         assert relative(a, b) < 1e-12

@@ -23,7 +23,7 @@ from .cases import build_classifier, mdeq_config
 from .progress import progress
 
 #: Counts changes of what is below, so that older files are not used.
-VERSION = 1
+VERSION = 2
 #: Side of the first branch, in pixels, and images a batch. f is convolutional: what
 #: holds at a low resolution holds at others.
 SIDE, BATCH = 16, 4
