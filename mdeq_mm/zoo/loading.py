@@ -67,7 +67,7 @@ def get_model(name, pretrained=False, device=None, **kwargs):
         >>> import mdeq_mm
         >>> model = mdeq_mm.get_model('mdeq-small_4xb32-100e_in1k', device='cpu')
         >>> sum(p.numel() for p in model.parameters())
-        16808936
+        16828264
     """
     checkpoint = _checkpoint(name, pretrained)
     cfg = get_config(name, **(dict(model=kwargs) if kwargs else {}))

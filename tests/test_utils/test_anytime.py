@@ -103,8 +103,8 @@ def test_outputs_are_normalised_as_the_backbone_does(images, batch):
     raw = predict_by_evaluation(model, batch)
     for i, channels in enumerate(CHANNELS):
         norm = torch.nn.BatchNorm2d(channels, affine=False).double().eval()
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.2, 5)
+        norm.running_mean.normal_(std=0.2)
+        norm.running_var.uniform_(0.7, 1.4)
         model.backbone.out_norms[str(i)] = norm
     found = predict_by_evaluation(model, batch)
     assert_follows_iterates(model, images, found)

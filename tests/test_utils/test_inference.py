@@ -10,17 +10,19 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 
 from mdeq_mm.utils.inference import first_test_dataset, load_image, load_model
-from tests.helpers import logits_of, project_classifier, project_golden
+from tests.helpers import EXACT, logits_of, project_classifier, project_golden
 
 MEAN = [10.0, 20.0, 30.0]
 
 
 def classification():
-    """The config of the golden classifier."""
+    """The config of the golden classifier, which solves exactly."""
+    model = deepcopy(project_golden()['config'])
+    model['backbone']['solver'] = EXACT
     return Config(
         dict(
             default_scope='mmpretrain',
-            model=deepcopy(project_golden()['config']),
+            model=model,
             data_preprocessor=dict(mean=MEAN, std=[2.0] * 3, num_classes=4),
         )
     )
