@@ -58,10 +58,20 @@ class TestMeasure:
 
         # With all steps that the config allows.
         assert costs[name].kept == saved_bytes_per_image(forward, (2, 3))
-        if name == 'mdeq-digits':
-            model.backbone.equilibrium.unroll_steps = 4
-            unrolled = saved_bytes_per_image(forward, (2, 3))
-            assert costs[name].unrolled == unrolled > costs[name].kept
+        assert costs[name].unrolled is None
+
+    def test_kept_bytes_of_an_unrolled_phase(self, zoo):
+        cfg = mdeq_mm.get_config('mdeq-digits')
+        cfg.default_hooks.warmup = dict(type='UnrollWarmupHook', unroll_steps=4)
+        cost = zoo.measure(cfg, (1, 32, 32))
+        model = mdeq_mm.get_model('mdeq-digits', device='cpu').train()
+        model.backbone.equilibrium.unroll_steps = 4
+
+        def forward(n):
+            return model(torch.rand(n, 1, 32, 32), mode='tensor')
+
+        unrolled = saved_bytes_per_image(forward, (2, 3))
+        assert cost.unrolled == unrolled > cost.kept
 
 
 METAFILE = """\
