@@ -74,7 +74,8 @@ class MDEQPoolBranches(BaseModule):
             )
         x = torch.cat([x.mean((2, 3)) for x in inputs], dim=1)
         norm = self.norm
-        if len(x) == 1 and isinstance(norm, _BatchNorm) and norm.training:
+        # The number of images comes last: a look at it fixes it in exported graphs.
+        if norm.training and isinstance(norm, _BatchNorm) and x.shape[0] == 1:
             # The last batch of an epoch may be of one image, which has no variance.
             mean, var = norm.running_mean, norm.running_var
             return (batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps),)
