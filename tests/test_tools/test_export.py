@@ -45,7 +45,8 @@ def small(tmp_path_factory):
     ]
     config.write_text(
         f'_base_ = {str(ROOT / DIGITS)!r}\n'
-        f'model = dict(backbone={backbone!r}, neck={necks!r}, head=dict(in_channels=64))\n'
+        f'model = dict(backbone={backbone!r}, neck={necks!r})\n'
+        'model.update(head=dict(in_channels=64))\n'
         f'data_root = {str(path / "nowhere")!r}\n'
         'test_dataloader = dict(dataset=dict(data_root=data_root))\n'
     )
