@@ -122,7 +122,10 @@ def test_trained_weights_classify_the_test_images(tool, tmp_path):
     options += ['--cfg-options', f'test_dataloader.dataset.data_root={root}']
     tool.main([str(x) for x in ('mdeq-digits', *options)])
     (result,) = json.loads(figures.read_text())
-    assert all(d < 1e-5 for d in result['check']['difference'].values())
+    # The norm over the batch brings small differences between images up, and the
+    # rounding of single precision with them.
+    difference = result['check']['difference']
+    assert all(d < 1e-4 for d in difference.values()), difference
     assert result['check']['same_labels'] == dict(scores=1)
 
     paths = sorted((root / 'test').glob('*/*.png'))
