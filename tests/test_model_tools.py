@@ -109,12 +109,10 @@ def test_a_copy_of_a_model_in_training_trains_on_like_it(model_of, name, moment)
         model.extract_feat(first[0])
         if moment == 'backward':
             loss.backward()
-    solution = model.backbone.last_solution
     twin = copy.deepcopy(model)
-    other = twin.backbone.last_solution
-    assert other is not solution
-    assert torch.equal(other.value, solution.value)
-    assert torch.equal(other.residual, solution.residual)
+    # What a call has left stays with the one that made it.
+    assert model.backbone.last_solution is not None
+    assert twin.backbone.last_solution is None
     assert twin.backbone.equilibrium.take_jacobian_loss() is None
     if moment == 'forward':
         # The graph of the original is whole.

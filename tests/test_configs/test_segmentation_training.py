@@ -179,8 +179,8 @@ def test_train_evaluate_save_resume_test(name, call, cityscapes, work_dir):
         if unrolled:
             assert trained['eq_steps'] == 3 and 'adjoint_steps' not in trained
         else:
-            # Three terms of the series take two products.
-            assert 1 < trained['eq_steps'] <= 5 and trained['adjoint_steps'] == 2
+            # Its phantom steps are unrolled as well: no product with a Jacobian.
+            assert 1 < trained['eq_steps'] <= 5 and 'adjoint_steps' not in trained
         log = ''.join(p.read_text() for p in out.glob('*/*.log'))
         # All but what is no part of the backbone.
         number = len(state) - 2
@@ -198,7 +198,7 @@ def test_train_evaluate_save_resume_test(name, call, cityscapes, work_dir):
         assert 3 < resumed[0]['eq_steps'] <= 28
         assert 1 < resumed[0]['adjoint_steps'] <= 31
     elif is_mdeq:
-        assert 1 < resumed[0]['eq_steps'] <= 5 and resumed[0]['adjoint_steps'] == 2
+        assert 1 < resumed[0]['eq_steps'] <= 5 and 'adjoint_steps' not in resumed[0]
     saved = read_checkpoint(str(out / 'iter_2.pth'))
     assert saved['meta']['iter'] == 2
 

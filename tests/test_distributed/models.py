@@ -34,7 +34,7 @@ GRADIENTS = {
     # A limit that some samples keep, and others do not.
     'shared inverse, fallback': dict(
         solver=BROYDEN,
-        gradient=dict(type='SharedInverseGradient', limit=0.055, fallback=ADJOINT),
+        gradient=dict(type='SharedInverseGradient', limit=0.165, fallback=ADJOINT),
     ),
 }
 
@@ -47,7 +47,7 @@ def freeze_norms(model):
 
 
 @cache
-def contractive_weights(steps=100):
+def contractive_weights(steps=30):
     """A backbone's weights whose f contracts, as that of a trained model does.
 
     Returns:

@@ -193,7 +193,7 @@ def test_metrics_and_tta(call, trained, cifar10_folder, tmp_path):
         f'equilibrium/{name}'
         for name in ('residual', 'residual_p95', 'evaluations', 'converged')
     }
-    assert found['equilibrium/evaluations'] == 20
+    assert found['equilibrium/evaluations'] == 12
 
     scores = []
     for tta in ([], ['--tta']):

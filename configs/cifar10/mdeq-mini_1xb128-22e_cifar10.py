@@ -3,7 +3,7 @@
 _base_ = [
     '../_base_/models/mdeq_mini_cifar.py',
     '../_base_/datasets/cifar10_bs32.py',
-    '../_base_/schedules/cifar10_bs128_20e.py',
+    '../_base_/schedules/cifar10_bs128_22e.py',
     '../_base_/default_runtime.py',
 ]
 
@@ -13,7 +13,7 @@ test_dataloader = dict(batch_size=128, num_workers=1)
 
 default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=2),
-    warmup=dict(type='UnrollWarmupHook', unroll_steps=2, end=5, by_epoch=True),
+    warmup=dict(type='UnrollWarmupHook', unroll_steps=2, end=17, by_epoch=True),
     monitor=dict(type='EquilibriumMonitorHook', interval=50),
 )
 
