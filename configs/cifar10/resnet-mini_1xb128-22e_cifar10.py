@@ -1,4 +1,5 @@
-# A ResNet of as many parameters as mdeq-mini, on its schedule.
+# A ResNet of as many parameters as mdeq-mini, with 16x16, 8x8 and 4x4 pixels as there, on
+# its schedule.
 _base_ = [
     '../_base_/datasets/cifar10_bs32.py',
     '../_base_/schedules/cifar10_bs128_22e.py',
@@ -10,7 +11,7 @@ model = dict(
         type='ResNet_CIFAR',
         depth=18,
         num_stages=3,
-        strides=(1, 2, 2),
+        strides=(2, 2, 2),
         dilations=(1, 1, 1),
         out_indices=(2,),
         stem_channels=15,
