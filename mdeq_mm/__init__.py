@@ -10,26 +10,50 @@ from .version import __version__
 
 check_installation()
 
-from . import datasets, engine, implicit, models  # noqa: E402
-from .utils.solver_settings import set_solver  # noqa: E402
-from .zoo import (  # noqa: E402
+from . import checkpoints, data_guard, engine, models, multi_task, resume  # noqa: E402, F401
+from .apis import (  # noqa: E402
     config_path,
     get_config,
     get_model,
     list_models,
     register_models,
+    set_solver,
 )
+from .implicit import (  # noqa: E402
+    AndersonSolver,
+    BroydenSolver,
+    EquilibriumLayer,
+    ImplicitGradient,
+    PhantomGradient,
+    PicardSolver,
+    ReversibleGradient,
+    SharedInverseGradient,
+    UnrolledGradient,
+    equilibrium_layers,
+)
+from .models import MDEQ  # noqa: E402
 
 __all__ = [
+    'MDEQ',
+    'AndersonSolver',
+    'BroydenSolver',
+    'EquilibriumLayer',
+    'ImplicitGradient',
+    'PhantomGradient',
+    'PicardSolver',
+    'ReversibleGradient',
+    'SharedInverseGradient',
+    'UnrolledGradient',
     '__version__',
     'config_path',
-    'datasets',
-    'engine',
+    'equilibrium_layers',
     'get_config',
     'get_model',
-    'implicit',
     'list_models',
-    'models',
     'register_models',
     'set_solver',
 ]
+
+
+def __dir__():
+    return __all__

@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mdeq_mm.utils.checkpoint import read_checkpoint
+from mdeq_mm.checkpoints.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,7 +113,7 @@ def _join(rank, store, cfg):
 
 
 def _kill_at(point, passed):
-    from mdeq_mm.utils import saving
+    from mdeq_mm.checkpoints import saving
 
     left = [passed]
 

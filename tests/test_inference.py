@@ -14,10 +14,10 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub
 from sklearn.datasets import load_digits
 
+from mdeq_mm.apis.inference import load_image, load_images, load_model
+from mdeq_mm.apis.solver_settings import set_solver
+from mdeq_mm.checkpoints.checkpoint import allow_runner_checkpoints
 from mdeq_mm.implicit import EquilibriumLayer
-from mdeq_mm.utils.checkpoint import allow_runner_checkpoints
-from mdeq_mm.utils.inference import load_image, load_images, load_model
-from mdeq_mm.utils.solver_settings import set_solver
 from tests.helpers import ROOT, project_classifier, project_golden
 
 DIGITS = 'configs/demo/mdeq_1xb64-30e_digits.py'

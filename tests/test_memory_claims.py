@@ -13,8 +13,8 @@ import torch
 from mmengine.config import Config
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mdeq_mm.analysis.saved_bytes import saved_bytes, saved_bytes_per_image
 from mdeq_mm.models import MDEQ
-from mdeq_mm.utils.saved_bytes import saved_bytes, saved_bytes_per_image
 from tests.helpers import ROOT, build, logits_of, project_classifier, relative
 
 MB = 1e6

@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config
 from mmengine.fileio import load
 
-from mdeq_mm.zoo.index import SCHEME
+from mdeq_mm.apis.index import SCHEME
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = ROOT / 'model-index.yml'

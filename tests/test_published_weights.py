@@ -6,7 +6,7 @@ import pytest
 from mmengine.runner import Runner
 
 import mdeq_mm
-from mdeq_mm.zoo.index import find_entry, metafiles, weights_path
+from mdeq_mm.apis.index import find_entry, metafiles, weights_path
 from tests.helpers import load_tool
 
 NAMES = mdeq_mm.list_models(pretrained=True)

@@ -25,11 +25,8 @@ from mmengine.registry import DATASETS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 import mdeq_mm
-from mdeq_mm.models import MDEQ
-from mdeq_mm.models.backbones.pretrained import adapt_channels
-from mdeq_mm.registry import name_of
-from mdeq_mm.tasks import SCOPES
-from mdeq_mm.utils.checkpoint import (
+from mdeq_mm.apis.index import config_path, find_entry, similar
+from mdeq_mm.checkpoints.checkpoint import (
     check_finite,
     check_no_more,
     check_resumable,
@@ -37,8 +34,11 @@ from mdeq_mm.utils.checkpoint import (
     read_checkpoint,
     state_dict_of,
 )
-from mdeq_mm.utils.data_checks import check_processes_agree
-from mdeq_mm.zoo.index import config_path, find_entry, similar
+from mdeq_mm.data_guard import check_processes_agree
+from mdeq_mm.models import MDEQ
+from mdeq_mm.models.backbones.pretrained import adapt_channels
+from mdeq_mm.registry import name_of
+from mdeq_mm.tasks import SCOPES
 
 # OneDL's mmcv comes without compiled operators and says so at every start; no
 # model here uses them.

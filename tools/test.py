@@ -22,9 +22,9 @@ from common import (
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
-from mdeq_mm.engine.hooks.checkpoint_guard_hook import guard_checkpoints
+from mdeq_mm.checkpoints.checkpoint import allow_runner_checkpoints
+from mdeq_mm.checkpoints.checkpoint_guard_hook import guard_checkpoints
 from mdeq_mm.registry import name_of
-from mdeq_mm.utils.checkpoint import allow_runner_checkpoints
 
 DATALOADERS = ('test_dataloader',)
 # What mmengine's DumpResults, and mmengine.dump for metrics, can write.

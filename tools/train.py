@@ -24,10 +24,10 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import OPTIM_WRAPPERS
 
-from mdeq_mm.engine.hooks.checkpoint_guard_hook import guard_checkpoints
+from mdeq_mm.checkpoints.checkpoint import allow_runner_checkpoints
+from mdeq_mm.checkpoints.checkpoint_guard_hook import guard_checkpoints
+from mdeq_mm.checkpoints.saving import mend_pointer
 from mdeq_mm.registry import name_of
-from mdeq_mm.utils.checkpoint import allow_runner_checkpoints
-from mdeq_mm.utils.saving import mend_pointer
 
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 

@@ -1,16 +1,12 @@
 from .hooks import (
-    CheckpointGuardHook,
-    DataGuardHook,
     EquilibriumCaptionHook,
     EquilibriumMonitorHook,
-    ExactResumeHook,
     FailureReportHook,
     JacobianScheduleHook,
-    MultiTaskSegVisualizationHook,
     SolverScheduleHook,
     UnrollWarmupHook,
 )
-from .metrics import EquilibriumMetric, MultiTaskMetric
+from .metrics import EquilibriumMetric
 from .optim_wrappers import (
     AmpEquilibriumOptimWrapper,
     EquilibriumFailure,
@@ -19,18 +15,13 @@ from .optim_wrappers import (
 
 __all__ = [
     'AmpEquilibriumOptimWrapper',
-    'CheckpointGuardHook',
-    'DataGuardHook',
     'EquilibriumCaptionHook',
     'EquilibriumFailure',
     'EquilibriumMetric',
     'EquilibriumMonitorHook',
     'EquilibriumOptimWrapper',
-    'ExactResumeHook',
     'FailureReportHook',
     'JacobianScheduleHook',
-    'MultiTaskMetric',
-    'MultiTaskSegVisualizationHook',
     'SolverScheduleHook',
     'UnrollWarmupHook',
 ]

@@ -1,4 +1,4 @@
-"""The mathematics of equilibrium models; knows torch and the registry alone."""
+"""The mathematics of equilibrium models; knows torch alone."""
 
 from .equation import Equation
 from .functional import FunctionalModule
@@ -12,7 +12,7 @@ from .gradients import (
     build_gradient,
 )
 from .jacobian import hutchinson, spectral_radius
-from .layer import EquilibriumLayer
+from .layer import EquilibriumLayer, equilibrium_layers
 from .solution import Solution, Status
 from .solvers import (
     AndersonSolver,
@@ -42,6 +42,7 @@ __all__ = [
     'UnrolledGradient',
     'build_gradient',
     'build_solver',
+    'equilibrium_layers',
     'hutchinson',
     'spectral_radius',
 ]

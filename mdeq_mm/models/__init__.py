@@ -6,7 +6,6 @@ from .implicit_models import (
     ImplicitSegTTAModel,
 )
 from .losses import ClassWeightedCrossEntropy
-from .multi_task import MultiTaskDataPreprocessor, MultiTaskMDEQ
 from .necks import MDEQFuseScales, MDEQPoolBranches
 
 __all__ = [
@@ -18,6 +17,4 @@ __all__ = [
     'ImplicitSegTTAModel',
     'MDEQFuseScales',
     'MDEQPoolBranches',
-    'MultiTaskDataPreprocessor',
-    'MultiTaskMDEQ',
 ]

@@ -198,7 +198,7 @@ def make_checkpoint(path, config=None):
     import torch
     from mmengine.config import Config
 
-    from mdeq_mm.utils.inference import load_model
+    from mdeq_mm.apis.inference import load_model
 
     if config is None:
         configs = list(Path('configs').glob(f'*/{found["stem"]}.py'))

@@ -24,7 +24,7 @@ def toolboxes():
 
 
 def test_there_are_some():
-    assert {'mdeq_mm.implicit.layer', 'mdeq_mm.zoo.loading'} <= set(MODULES)
+    assert {'mdeq_mm.implicit.layer', 'mdeq_mm.apis.loading'} <= set(MODULES)
 
 
 @pytest.mark.parametrize('name', MODULES)

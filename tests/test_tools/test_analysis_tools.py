@@ -15,8 +15,8 @@ from PIL import Image
 
 pytest.importorskip('mmseg', reason='mmseg is not installed')
 
-from mdeq_mm.utils.anytime import Snapshot
-from mdeq_mm.utils.inference import load_model
+from mdeq_mm.apis.anytime import Snapshot
+from mdeq_mm.apis.inference import load_model
 from tests.helpers import load_tool
 from tests.test_tools.test_train_test import write_mmseg_config
 

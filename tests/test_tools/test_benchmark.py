@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdeq_mm.utils.saved_bytes import saved_bytes
+from mdeq_mm.analysis.saved_bytes import saved_bytes
 from tests.helpers import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]

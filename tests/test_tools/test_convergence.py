@@ -14,8 +14,8 @@ from torch import nn
 
 pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')
 
+from mdeq_mm.apis.inference import load_image, load_model
 from mdeq_mm.implicit import EquilibriumLayer, StateSpec, Status
-from mdeq_mm.utils.inference import load_image, load_model
 from tests.helpers import (
     load_tool,
     matrix,

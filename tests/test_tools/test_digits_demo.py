@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from sklearn.datasets import load_digits
 
-from mdeq_mm.utils.saved_bytes import saved_bytes, saved_bytes_per_image
+from mdeq_mm.analysis.saved_bytes import saved_bytes, saved_bytes_per_image
 from tests.helpers import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from PIL import Image
 pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')
 
 from mdeq_mm import get_config
-from mdeq_mm.utils.inference import load_images
+from mdeq_mm.apis.inference import load_images
 from tests.helpers import ROOT, load_tool
 
 DIGITS = 'configs/demo/mdeq_1xb64-30e_digits.py'

@@ -23,8 +23,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from mdeq_mm.checkpoints.checkpoint import allow_runner_checkpoints, read_checkpoint
 from mdeq_mm.registry import MODELS
-from mdeq_mm.utils.checkpoint import allow_runner_checkpoints, read_checkpoint
 from tests.image_folders import CIFAR10, write_class_folder
 
 ROOT = Path(__file__).resolve().parents[2]

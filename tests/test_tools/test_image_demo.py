@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mdeq_mm.utils.inference import load_image, load_model
+from mdeq_mm.apis.inference import load_image, load_model
 from tests.helpers import ROOT, load_tool, write_project_classifier
 
 SCENES = str(ROOT / 'configs/demo/mdeq_1xb16-12e_digit-scenes-64x64.py')
@@ -138,7 +138,7 @@ def test_without_a_checkpoint_weights_are_random(tool, classifier, images, capsy
 
 def test_a_named_model_with_a_checkpoint(tool, images, tmp_path, capsys):
     pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')
-    from mdeq_mm.zoo import get_model
+    from mdeq_mm.apis import get_model
 
     checkpoint = tmp_path / 'model.pth'
     state = get_model('mdeq-digits', device='cpu').state_dict()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mdeq_mm
-from mdeq_mm.utils.saved_bytes import saved_bytes_per_image
+from mdeq_mm.analysis.saved_bytes import saved_bytes_per_image
 from tests.helpers import load_tool
 
 pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')

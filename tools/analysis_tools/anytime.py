@@ -32,8 +32,8 @@ sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 from common import check_checkpoint_path, fail, read_config
 from options import add_model_options, add_opacity, add_solver_options, check_options
 
-from mdeq_mm.utils.anytime import predict_by_evaluation
-from mdeq_mm.utils.inference import load_image, load_model
+from mdeq_mm.apis.anytime import predict_by_evaluation
+from mdeq_mm.apis.inference import load_image, load_model
 
 # Of a strip and one of its pictures, were it of 4:3, in inches.
 STRIP_WIDTH, PICTURE_WIDTH = 16, 3.2

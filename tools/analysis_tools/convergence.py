@@ -43,7 +43,7 @@ from convergence_report.study import Study
 from convergence_report.writing import sections, to_json
 from options import add_model_options, add_solver_options, check_options
 
-from mdeq_mm.utils.inference import load_model
+from mdeq_mm.apis.inference import load_model
 
 # Columns of the terminal, where the output goes to a file.
 FILE_WIDTH = 120

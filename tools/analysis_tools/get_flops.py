@@ -32,8 +32,8 @@ from common import fail, iter_datasets, read_config
 from contentless import without_content
 from options import add_config_options
 
+from mdeq_mm.apis.inference import load_model
 from mdeq_mm.registry import name_of
-from mdeq_mm.utils.inference import load_model
 
 
 def parse_args(argv=None) -> argparse.Namespace:

@@ -37,8 +37,8 @@ from common import check_checkpoint_path, fail, merge_options, read_config
 from options import add_config_options
 from tables import Results
 
+from mdeq_mm.apis.inference import load_model
 from mdeq_mm.registry import name_of
-from mdeq_mm.utils.inference import load_model
 
 COLUMNS = {
     'parameters, M': '{:.1f}',

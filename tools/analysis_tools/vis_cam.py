@@ -34,8 +34,8 @@ sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 from common import check_checkpoint_path, fail, find_weights, read_config
 from options import add_model_options
 
+from mdeq_mm.apis.inference import load_image, load_model
 from mdeq_mm.implicit import EquilibriumLayer
-from mdeq_mm.utils.inference import load_image, load_model
 
 METHODS = (
     'GradCAM',

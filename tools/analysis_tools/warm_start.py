@@ -31,7 +31,7 @@ sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 from common import check_checkpoint_path, fail, read_config
 from options import add_model_options, add_solver_options, check_options
 
-from mdeq_mm.utils.inference import load_image, load_model
+from mdeq_mm.apis.inference import load_image, load_model
 
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 WAYS = ('from zero', 'warm')

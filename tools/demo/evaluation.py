@@ -9,8 +9,8 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from mdeq_mm.utils.checkpoint import allow_runner_checkpoints
-from mdeq_mm.utils.saved_bytes import saved_bytes_per_image
+from mdeq_mm.analysis.saved_bytes import saved_bytes_per_image
+from mdeq_mm.checkpoints.checkpoint import allow_runner_checkpoints
 
 
 class Trained:

@@ -36,7 +36,7 @@ from predicting import (
     read_model_config,
 )
 
-from mdeq_mm.utils.inference import load_images
+from mdeq_mm.apis.inference import load_images
 
 OUT_DIR = 'work_dirs/image_demo'
 

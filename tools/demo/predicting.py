@@ -12,10 +12,10 @@ sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 from common import check_checkpoint_path, fail, find_weights, read_config
 from options import add_model_options, add_opacity, add_solver_options, check_options
 
+from mdeq_mm.apis.inference import load_model
+from mdeq_mm.apis.solver_settings import set_solver
 from mdeq_mm.implicit.layer import equilibrium_layers, recorded
 from mdeq_mm.models.implicit_models.equilibrium_report import annotate
-from mdeq_mm.utils.inference import load_model
-from mdeq_mm.utils.solver_settings import set_solver
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from tables import Results
 
-from mdeq_mm.utils.anytime import predict_by_evaluation
+from mdeq_mm.apis.anytime import predict_by_evaluation
 
 COLUMNS = {
     'parameters': '{:,.0f}',

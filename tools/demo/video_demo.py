@@ -42,8 +42,8 @@ from predicting import (
     read_model_config,
 )
 
+from mdeq_mm.apis.inference import load_images
 from mdeq_mm.models import MDEQ
-from mdeq_mm.utils.inference import load_images
 
 #: Codecs that OpenCV's packages come with.
 CODECS = {'.avi': 'MJPG', '.mkv': 'MJPG', '.mov': 'mp4v', '.mp4': 'mp4v'}

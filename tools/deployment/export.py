@@ -41,6 +41,7 @@ from exporting.about import build_resnet50, metadata_of
 from exporting.images import find_images, size_of
 from exporting.running import File, agreement, differences, latencies, reference
 
+from mdeq_mm.apis.inference import load_model
 from mdeq_mm.deployment import (
     DeployableModel,
     save_program,
@@ -49,7 +50,6 @@ from mdeq_mm.deployment import (
     write_onnx,
 )
 from mdeq_mm.deployment.onnx_file import check_opset, require
-from mdeq_mm.utils.inference import load_model
 
 # What tracing says of code that is not ours.
 warnings.filterwarnings('ignore', module=r'torch\.|copyreg|onnxscript|onnx_ir')

@@ -20,8 +20,8 @@ import torch
 from matplotlib.ticker import MaxNLocator
 
 import mdeq_mm
+from mdeq_mm.apis.inference import load_image
 from mdeq_mm.implicit import AndersonSolver, PicardSolver
-from mdeq_mm.utils.inference import load_image
 
 
 def parse_args(argv=None):

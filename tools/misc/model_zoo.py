@@ -36,7 +36,7 @@ sys.path.insert(1, osp.join(sys.path[0], 'analysis_tools'))
 from common import fail
 from contentless import without_content
 
-from mdeq_mm.utils.inference import load_model
+from mdeq_mm.apis.inference import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'model_zoo.md'
@@ -87,7 +87,7 @@ class Cost:
 
 
 def kept_bytes(forward):
-    """What :func:`mdeq_mm.utils.saved_bytes.saved_bytes` counts, without addresses."""
+    """What :func:`~mdeq_mm.analysis.saved_bytes.saved_bytes` counts, by storages."""
     storages = {}
 
     def pack(tensor):

@@ -32,11 +32,11 @@ from common import fail
 from model_zoo import set_field
 
 from mdeq_mm import __version__, get_config
-from mdeq_mm.utils.checkpoint import check_finite, read_checkpoint, state_dict_of
-from mdeq_mm.utils.inference import load_model
-from mdeq_mm.utils.saving import AtomicLocalBackend
-from mdeq_mm.zoo.index import SCHEME, find_entry, zoo_root
-from mdeq_mm.zoo.loading import dataset_meta
+from mdeq_mm.apis.index import SCHEME, find_entry, zoo_root
+from mdeq_mm.apis.inference import load_model
+from mdeq_mm.apis.loading import dataset_meta
+from mdeq_mm.checkpoints.checkpoint import check_finite, read_checkpoint, state_dict_of
+from mdeq_mm.checkpoints.saving import AtomicLocalBackend
 
 #: Bytes that a file in the repository may have.
 LIMIT = 1_000_000

@@ -8,7 +8,7 @@ from ...implicit import Status, spectral_radius
 from ...implicit.checks import check_int
 from ...implicit.layer import equilibrium_layers
 from ...registry import HOOKS
-from ...utils.residual_plot import ResidualPlot
+from ..residual_plot import ResidualPlot
 
 
 @HOOKS.register_module()

@@ -9,8 +9,8 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.structures import BaseDataElement
 
+from ...checkpoints.saving import ATOMIC
 from ...registry import HOOKS
-from ...utils.saving import ATOMIC
 from ..optim_wrappers import EquilibriumFailure, FailurePolicy
 
 

@@ -1,3 +1,4 @@
+from ..build import register
 from .base import Gradient, build_gradient
 from .implicit import ImplicitGradient
 from .phantom import PhantomGradient
@@ -14,3 +15,12 @@ __all__ = [
     'UnrolledGradient',
     'build_gradient',
 ]
+
+register(
+    'gradient',
+    ImplicitGradient,
+    PhantomGradient,
+    ReversibleGradient,
+    SharedInverseGradient,
+    UnrolledGradient,
+)

@@ -6,15 +6,15 @@ import math
 import torch
 from torch import Tensor
 
-from ...registry import GRADIENTS, build_from
+from ..build import build
 from ..solution import Solution
 from ..transforms import transforming
 from .linearise import Linearisation, finite_samples, replace_failed
 
 
 def build_gradient(cfg, field='gradient'):
-    """Build a gradient from ``dict(type=..., ...)``; see :func:`build_from`."""
-    return build_from(GRADIENTS, cfg, field)
+    """Build a gradient from ``dict(type=..., ...)``; see :func:`build`."""
+    return build('gradient', cfg, field)
 
 
 class Gradient:

@@ -4,7 +4,6 @@ from functools import partial
 
 import torch
 
-from ...registry import GRADIENTS
 from ..checks import check_flag
 from ..solvers import build_solver
 from ..solvers.base import check_backward
@@ -13,7 +12,6 @@ from .base import Gradient, equilibrium, unit
 _DEFAULT = dict(type='BroydenSolver', max_steps=30, tol=1e-6)
 
 
-@GRADIENTS.register_module()
 class ImplicitGradient(Gradient):
     """The exact gradient at the equilibrium, by the implicit function theorem.
 

@@ -2,13 +2,11 @@
 
 import torch
 
-from ...registry import GRADIENTS
 from ..checks import check_flag, check_int, check_share
 from ..solution import Solution, Status
 from .base import Gradient, equilibrium, infinite, iterate, unit
 
 
-@GRADIENTS.register_module()
 class PhantomGradient(Gradient):
     """An inexact gradient from a few terms of the Neumann series (Geng et al. 2021).
 

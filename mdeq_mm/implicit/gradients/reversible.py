@@ -4,7 +4,6 @@ import math
 
 import torch
 
-from ...registry import GRADIENTS
 from ..checks import check_int, check_share
 from ..solution import Solution, Status
 from ..solvers.base import residual_of
@@ -15,7 +14,6 @@ from .linearise import Linearisation, finite_samples
 MOST_DIGITS = 9.0
 
 
-@GRADIENTS.register_module()
 class ReversibleGradient(Gradient):
     """The exact gradient of a reversible iteration, at constant memory.
 

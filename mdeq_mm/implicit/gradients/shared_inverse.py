@@ -4,7 +4,6 @@ from functools import partial
 
 import torch
 
-from ...registry import GRADIENTS
 from ..checks import check_share
 from ..solution import Solution, Status
 from ..solvers import BroydenSolver, build_solver
@@ -15,7 +14,6 @@ from .base import Gradient, equilibrium, infinite, unit
 _FALLBACK = dict(type='BroydenSolver', max_steps=10, tol=1e-2)
 
 
-@GRADIENTS.register_module()
 class SharedInverseGradient(Gradient):
     """SHINE: the forward solve's inverse serves the backward pass (Ramzi et al. 2022).
 

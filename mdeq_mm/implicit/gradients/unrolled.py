@@ -2,14 +2,12 @@
 
 import torch
 
-from ...registry import GRADIENTS
 from ..checks import check_int, check_share
 from ..solution import Solution, Status
 from ..solvers.base import residual_of
 from .base import Gradient, infinite, iterate
 
 
-@GRADIENTS.register_module()
 class UnrolledGradient(Gradient):
     """Apply f a fixed number of times and differentiate through all of them.
 

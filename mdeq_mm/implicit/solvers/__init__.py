@@ -1,3 +1,4 @@
+from ..build import register
 from .anderson import AndersonSolver
 from .base import Solver, build_solver
 from .broyden import BroydenSolver
@@ -10,3 +11,5 @@ __all__ = [
     'Solver',
     'build_solver',
 ]
+
+register('solver', AndersonSolver, BroydenSolver, PicardSolver)

@@ -4,13 +4,11 @@ from types import SimpleNamespace
 
 import torch
 
-from ...registry import SOLVERS
 from ..checks import check_int, check_share
 from .base import Solver
 from .rows import combine, compact, project
 
 
-@SOLVERS.register_module()
 class AndersonSolver(Solver):
     """Anderson acceleration (Anderson 1965; Walker and Ni 2011).
 

@@ -5,14 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from ...registry import SOLVERS, build_from
+from ..build import build
 from ..checks import check_int, is_number
 from ..solution import Solution, Status
 
 
 def build_solver(cfg, field='solver'):
-    """Build a solver from ``dict(type=..., ...)``; see :func:`build_from`."""
-    return build_from(SOLVERS, cfg, field)
+    """Build a solver from ``dict(type=..., ...)``; see :func:`build`."""
+    return build('solver', cfg, field)
 
 
 def check_backward(solver, field):

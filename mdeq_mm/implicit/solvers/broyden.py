@@ -4,13 +4,11 @@ from types import SimpleNamespace
 
 import torch
 
-from ...registry import SOLVERS
 from ..checks import check_int
 from .base import Solver
 from .rows import combine_into, compact, project
 
 
-@SOLVERS.register_module()
 class BroydenSolver(Solver):
     """Broyden's good method on g(z) = f(z) - z (Broyden 1965).
 

@@ -1,11 +1,9 @@
 """Damped fixed-point iteration."""
 
-from ...registry import SOLVERS
 from ..checks import check_share
 from .base import Solver
 
 
-@SOLVERS.register_module()
 class PicardSolver(Solver):
     """Damped fixed-point iteration, z <- (1 - d) z + d f(z).
 

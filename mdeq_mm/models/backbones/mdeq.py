@@ -14,11 +14,11 @@ from torch.nn.functional import avg_pool2d
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...checkpoints.checkpoint import check_no_more, check_state_dict, init_pretrained
 from ...implicit import EquilibriumLayer, StateSpec
 from ...implicit.checks import check_flag, check_int, is_number
 from ...implicit.state import has_channels_last
 from ...registry import MODELS
-from ...utils.checkpoint import check_no_more, check_state_dict, init_pretrained
 from ..checks import check_init, check_norm
 from ..layers import MultiscaleFunction, channel_mask
 from .arch import build_arch

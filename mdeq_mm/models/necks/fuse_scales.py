@@ -9,11 +9,11 @@ from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.model import BaseModule
 from torch import nn
 
+from ...checkpoints.checkpoint import check_no_more, check_state_dict, init_pretrained
 from ...implicit.checks import check_flag
 from ...registry import MODELS
-from ...utils.checkpoint import check_no_more, check_state_dict, init_pretrained
-from ...utils.recompute import recompute
 from ..checks import check_init, check_norm
+from ..layers.recompute import recompute
 
 
 class _Bottleneck(nn.Module):

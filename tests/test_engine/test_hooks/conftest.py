@@ -12,8 +12,8 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
+from mdeq_mm.checkpoints.checkpoint import allowed_types
 from mdeq_mm.models import MDEQ
-from mdeq_mm.utils.checkpoint import allowed_types
 
 COUNT = count()
 SOLVER = dict(type='AndersonSolver', max_steps=6, tol=1e-3)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 
-from mdeq_mm.engine.hooks.checkpoint_guard_hook import guard_checkpoints
+from mdeq_mm.checkpoints.checkpoint import read_checkpoint
+from mdeq_mm.checkpoints.checkpoint_guard_hook import guard_checkpoints
 from mdeq_mm.registry import HOOKS
-from mdeq_mm.utils.checkpoint import read_checkpoint
 from tests.helpers import ROOT, logged
 
 from .conftest import Classifier, Images, watched

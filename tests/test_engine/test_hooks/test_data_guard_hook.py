@@ -18,12 +18,12 @@ pytest.importorskip('mmseg', reason='mmseg is not installed')
 from mmengine.model import BaseTTAModel
 from mmseg.datasets import BaseSegDataset
 
-from mdeq_mm.engine import DataGuardHook
-from mdeq_mm.engine.hooks import data_guard_hook
-from mdeq_mm.utils.data_checks import (
+from mdeq_mm.data_guard import (
+    DataGuardHook,
     Findings,
     SampleCheck,
     check_outputs,
+    data_guard_hook,
     examine,
     expected_labels,
 )

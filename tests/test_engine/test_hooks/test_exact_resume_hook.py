@@ -9,8 +9,8 @@ import pytest
 import torch
 from mmengine.runner import Runner
 
-from mdeq_mm.engine.hooks import ExactResumeHook
-from mdeq_mm.utils.checkpoint import read_checkpoint
+from mdeq_mm.checkpoints.checkpoint import read_checkpoint
+from mdeq_mm.resume import ExactResumeHook
 from tests import killed_training as training
 from tests.helpers import logged
 from tests.image_folders import write_class_folder

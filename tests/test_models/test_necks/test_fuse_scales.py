@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn.functional import batch_norm, conv2d
 
+from mdeq_mm.analysis.saved_bytes import saved_bytes
 from mdeq_mm.models import MDEQFuseScales
 from mdeq_mm.registry import MODELS
-from mdeq_mm.utils.saved_bytes import saved_bytes
 from tests.helpers import (
     build,
     logits_of,

@@ -11,9 +11,9 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
+from mdeq_mm.apis.index import zoo_root
+from mdeq_mm.checkpoints.checkpoint import read_checkpoint, state_dict_of
 from mdeq_mm.registry import MODELS
-from mdeq_mm.utils.checkpoint import read_checkpoint, state_dict_of
-from mdeq_mm.zoo.index import zoo_root
 
 from .torchdeq_layer import TorchDEQLayer
 

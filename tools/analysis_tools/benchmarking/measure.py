@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdeq_mm.utils.saved_bytes import saved_bytes_per_image
+from mdeq_mm.analysis.saved_bytes import saved_bytes_per_image
 
 PARTS = ('forward', 'backward', 'step', 'inference')
 #: Batch sizes whose difference gives the bytes kept an image.

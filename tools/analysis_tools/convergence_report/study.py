@@ -9,10 +9,10 @@ from numbers import Real
 import numpy as np
 import torch
 
+from mdeq_mm.engine.residual_plot import QUANTILES, ResidualPlot
 from mdeq_mm.implicit import StateSpec, Status, spectral_radius
 from mdeq_mm.implicit.layer import recorded
 from mdeq_mm.models.implicit_models.equilibrium_report import annotate
-from mdeq_mm.utils.residual_plot import QUANTILES, ResidualPlot
 
 from .scoring import build_evaluator, quiet, shown
 

@@ -4,8 +4,8 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 
 import mdeq_mm
+from mdeq_mm.apis.inference import first_test_dataset
 from mdeq_mm.deployment.model import image_preprocessor, normalisation
-from mdeq_mm.utils.inference import first_test_dataset
 
 from .images import dataset_class
 

@@ -9,9 +9,9 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 from torch.nn.functional import interpolate
 
+from mdeq_mm.apis.inference import first_test_dataset, load_image
 from mdeq_mm.deployment.model import image_preprocessor
 from mdeq_mm.registry import name_of
-from mdeq_mm.utils.inference import first_test_dataset, load_image
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 

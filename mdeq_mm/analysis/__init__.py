@@ -1,0 +1,1 @@
+"""Measurements of models: what the analysis tools print."""

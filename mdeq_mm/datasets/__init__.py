@@ -1,3 +1,0 @@
-from .multi_task import MultiTaskDataset
-
-__all__ = ['MultiTaskDataset']
