@@ -14,6 +14,7 @@ PAGES = [
     path.relative_to(ROOT).as_posix()
     for path in (
         ROOT / 'README.md',
+        ROOT / 'CONTRIBUTING.md',
         *sorted(ROOT.glob('docs/*.md')),
         *sorted(ROOT.glob('configs/*/README.md')),
     )
