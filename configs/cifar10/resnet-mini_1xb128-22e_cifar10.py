@@ -1,5 +1,5 @@
-# A ResNet of as many parameters as mdeq-mini, with 16x16, 8x8 and 4x4 pixels as there, on
-# its schedule.
+# A ResNet of as many parameters as mdeq-mini, with 16x16, 8x8 and 4x4 pixels as there,
+# on its schedule.
 _base_ = [
     '../_base_/datasets/cifar10_bs32.py',
     '../_base_/schedules/cifar10_bs128_22e.py',

@@ -26,8 +26,8 @@ HERE = Path(__file__).parent
 # What a checkout has; nothing that was made in one.
 COPIED = (
     *('configs', 'docs', 'mdeq_mm', 'requirements', 'tests', 'tools'),
-    *('Makefile', 'README.md', 'CHANGELOG.md', 'CITATION.cff', 'LICENSE'),
-    *('model-index.yml', 'pyproject.toml', 'setup.py'),
+    *('Makefile', 'README.md', 'CHANGELOG.md', 'CONTRIBUTING.md', 'CITATION.cff'),
+    *('LICENSE', 'model-index.yml', 'pyproject.toml', 'setup.py'),
 )
 MADE = shutil.ignore_patterns('site', '*_cache', '.hypothesis', 'work_dirs')
 

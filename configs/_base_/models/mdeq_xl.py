@@ -1,14 +1,7 @@
 # model settings: MDEQ-XL for ImageNet, 90.5 M parameters
+_base_ = './mdeq_small.py'
 model = dict(
-    type='ImplicitImageClassifier',
-    backbone=dict(
-        type='MDEQ',
-        arch='xl',
-        # Why these: docs/choosing.md. The authors' are in *_official_* configs.
-        solver=dict(type='AndersonSolver', max_steps=5, tol=1e-3, memory=5),
-        eval_solver=dict(type='AndersonSolver', max_steps=12, tol=1e-3, memory=5),
-        gradient=dict(type='PhantomGradient', steps=3, unroll=True),
-    ),
+    backbone=dict(arch='xl'),
     neck=[
         dict(
             type='MDEQFuseScales',
@@ -18,13 +11,4 @@ model = dict(
         ),
         dict(type='MDEQPoolBranches', in_channels=2048),
     ],
-    head=dict(
-        type='LinearClsHead',
-        in_channels=2048,
-        num_classes=1000,
-        loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
-        topk=(1, 5),
-        # PyTorch's initialisation, as the official model has it.
-        init_cfg=None,
-    ),
 )
