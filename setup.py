@@ -31,8 +31,6 @@ class BuildWithConfigs(build_py):
     """
 
     SHIPPED = ('configs', 'tools', 'model-index.yml')
-    #: What needs docs/ and tests/ of a checkout.
-    LEFT_OUT = ('make_golden.py', 'model_zoo.py', 'draw_equilibrium.py')
 
     def run(self):
         super().run()
@@ -44,9 +42,7 @@ class BuildWithConfigs(build_py):
         for name in self.SHIPPED:
             source = ROOT / name
             if source.is_dir():
-                ignore = shutil.ignore_patterns(
-                    '__pycache__', '.*_cache', '*.pyc', *self.LEFT_OUT
-                )
+                ignore = shutil.ignore_patterns('__pycache__', '.*_cache', '*.pyc')
                 shutil.copytree(
                     source, target / name, ignore=ignore, dirs_exist_ok=True
                 )

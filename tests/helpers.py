@@ -217,7 +217,7 @@ def build(cfg):
 
 @cache
 def project_golden():
-    """The project's own golden numbers; made by tools/misc/make_golden.py."""
+    """The project's own golden numbers; made by dev/make_golden.py."""
     golden = torch.load(
         Path(__file__).parent / 'golden' / 'mdeq_tiny.pt', weights_only=True
     )

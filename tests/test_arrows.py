@@ -77,13 +77,13 @@ def test_no_circles_among_modules():
     """Of tools too, whose modules are found through sys.path by their names."""
     files = {
         '.'.join(p.relative_to(ROOT).with_suffix('').parts): p
-        for folder in ('mdeq_mm', 'tools')
+        for folder in ('mdeq_mm', 'tools', 'dev')
         for p in (ROOT / folder).rglob('*.py')
     }
     packages = {n.removesuffix('.__init__') for n in files if n.endswith('.__init__')}
     short = {}
     for name in files:
-        if name.startswith('tools.'):
+        if name.startswith(('tools.', 'dev.')):
             parts = name.split('.')
             for i in range(1, len(parts)):
                 short['.'.join(parts[i:])] = name
@@ -103,7 +103,7 @@ def test_no_circles_among_modules():
 def test_the_package_imports_no_tools():
     for path in (ROOT / 'mdeq_mm').rglob('*.py'):
         assert not any(
-            name.split('.')[0] in ('tools', 'tests') for name in imported(path)
+            name.split('.')[0] in ('dev', 'tools', 'tests') for name in imported(path)
         )
 
 

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from mdeq_mm.apis.inference import load_image, load_images, load_model
 from mdeq_mm.apis.solver_settings import set_solver
-from mdeq_mm.checkpoints.checkpoint import allow_runner_checkpoints
+from mdeq_mm.checkpoints import allow_runner_checkpoints
 from mdeq_mm.implicit import EquilibriumLayer
 from tests.helpers import ROOT, project_classifier, project_golden
 

@@ -108,7 +108,7 @@ def test_spectral_radius_against_the_whole_jacobian(golden, images):
 
 @pytest.mark.slow
 def test_the_script_makes_the_file_anew(golden):
-    made = load_tool('tools/misc/make_golden.py').compute()
+    made = load_tool('dev/make_golden.py').compute()
     # Another machine rounds differently, which the training amplifies.
     assert made['names'] == golden['names']
     assert made['weights'].shape == golden['weights'].shape

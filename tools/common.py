@@ -26,7 +26,7 @@ from mmengine.runner import Runner
 
 import mdeq_mm
 from mdeq_mm.apis.index import config_path, find_entry, similar
-from mdeq_mm.checkpoints.checkpoint import (
+from mdeq_mm.checkpoints import (
     check_finite,
     check_no_more,
     check_resumable,

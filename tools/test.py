@@ -22,7 +22,7 @@ from common import (
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
-from mdeq_mm.checkpoints.checkpoint import allow_runner_checkpoints
+from mdeq_mm.checkpoints import allow_runner_checkpoints
 from mdeq_mm.checkpoints.checkpoint_guard_hook import guard_checkpoints
 from mdeq_mm.registry import name_of
 
@@ -135,7 +135,7 @@ def set_visualization(cfg: Config, args: argparse.Namespace) -> None:
     hook.interval = args.interval
     hook.show = args.show
     hook.wait_time = args.wait_time
-    if str(hook.type).endswith('SegVisualizationHook'):
+    if name_of(hook.type).endswith('SegVisualizationHook'):
         hook.draw = True
         if args.show_dir is not None:
             cfg.visualizer.save_dir = args.show_dir
@@ -154,7 +154,7 @@ def set_tta(cfg: Config) -> None:
             flips = [dict(type='RandomFlip', prob=p) for p in (0.0, 1.0)]
             both = dict(type='TestTimeAug', transforms=[flips, [packing]])
             cfg.tta_pipeline = [*loading, both]
-    if str(cfg.test_dataloader.dataset.type).endswith('MultiTaskDataset'):
+    if name_of(cfg.test_dataloader.dataset.type) == 'MultiTaskDataset':
         fail(
             '--tta augments the images of one task: evaluate the joint checkpoint '
             'with the config of that task.'

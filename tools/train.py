@@ -24,7 +24,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import OPTIM_WRAPPERS
 
-from mdeq_mm.checkpoints.checkpoint import allow_runner_checkpoints
+from mdeq_mm.checkpoints import allow_runner_checkpoints
 from mdeq_mm.checkpoints.checkpoint_guard_hook import guard_checkpoints
 from mdeq_mm.checkpoints.saving import mend_pointer
 from mdeq_mm.registry import name_of

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from mmengine.fileio import load
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from ..checkpoints.checkpoint import load_from_local
+from ..checkpoints import load_from_local
 
 INDEX = 'model-index.yml'
 #: What addresses of weights that come with the package begin with; a path follows,

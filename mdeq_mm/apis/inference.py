@@ -8,7 +8,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 
-from ..checkpoints.checkpoint import check_state_dict, read_checkpoint, state_dict_of
+from ..checkpoints import check_state_dict, read_checkpoint, state_dict_of
 from ..registry import MODELS, name_of
 from ..tasks import in_scope
 

@@ -3,12 +3,8 @@
 from mmengine.hooks import Hook
 
 from ..registry import HOOKS
-from .checkpoint import (
-    allow_runner_checkpoints,
-    check_finite,
-    state_dict_of,
-    unreadable_entries,
-)
+from .fitting import check_finite, state_dict_of
+from .reading import allow_runner_checkpoints, unreadable_entries
 
 
 @HOOKS.register_module()
@@ -20,7 +16,7 @@ class CheckpointGuardHook(Hook):
     at all; OneDL's falls back to a load that runs code from the file. From the start
     of a run on, this hook lets the whole process, and those that it starts, read
     what a Runner writes, and nothing that would run code: see
-    :func:`~mdeq_mm.checkpoints.checkpoint.allow_runner_checkpoints`.
+    :func:`~mdeq_mm.checkpoints.allow_runner_checkpoints`.
 
     A checkpoint with non-finite weights is refused, whatever it is loaded for. What
     could not be read back is left out of a checkpoint where a resumed training makes

@@ -287,9 +287,9 @@ class _Progress:
 def _warn(runner, found, dataset):
     """Tell of what is odd in training data and no reason to stop."""
     for name, part in leaves(dataset, f'{_TRAINING}.dataset'):
-        counts = found.classes.get(name)
-        if not counts:
+        if name not in found.classes:
             continue
+        counts = found.classes[name]
         classes = getattr(part, 'metainfo', {}).get('classes') or ()
         lacking = [str(c) for label, c in enumerate(classes) if label not in counts]
         if lacking:

@@ -109,22 +109,26 @@ def examine(
         if not check.samples:
             continue
         total = found.sizes[path] = len(part)
-        found.classes[path] = Counter()
+        counts, label_maps = Counter(), 0
         problems = list(_unlisted(part, path)) if rank == 0 and images else []
         indices = range(rank, total, processes)
         chunks = [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
         done = 0
         with ThreadPoolExecutor(workers) as pool:
             for chunk, result in zip(chunks, pool.map(check.run, chunks), strict=True):
-                found.label_maps += result.label_maps
+                label_maps += result.label_maps
                 found.images += result.images
-                found.classes[path] += result.classes
+                counts += result.classes
                 problems += result.problems
                 done += len(chunk)
                 progress(path, done, len(indices))
                 if len(problems) > most(total):
                     pool.shutdown(wait=False, cancel_futures=True)
                     break
+        found.label_maps += label_maps
+        # Label maps of which every pixel is ignored have no class at all.
+        if counts or (label_maps and check.labels is not None):
+            found.classes[path] = counts
         found.problems += problems
         found.dark += check.dark
     return found

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .views import view_of
+from .views import attributes_of, hand_back, view_of
 
 #: Norms over the batch, and random layers.
 _NORMS = nn.modules.batchnorm._BatchNorm
@@ -60,7 +60,7 @@ class FunctionalModule:
 
     def __init__(self, module):
         check_pure(module)
-        self._view = view_of(module)
+        self._view, views = view_of(module)
         self._slots, names, found = [], [], {}
         for prefix, part in self._view.named_modules():
             # Plain attributes too: pruned weights, and parameters of replicas.
@@ -74,7 +74,10 @@ class FunctionalModule:
                     self._slots.append((part, where, name, found[id(tensor)][0]))
         self.names = tuple(names)
         self.tensors = tuple(tensor for _, tensor in found.values())
-        self._clear()
+        # Who evaluates keeps the tensors.
+        for _, where, name, _ in self._slots:
+            where[name] = None
+        self._before, self._written = attributes_of(views), []
 
     def __call__(self, tensors, *args):
         """Run the forward pass with given tensors in place of the module's own."""
@@ -83,12 +86,17 @@ class FunctionalModule:
         try:
             return self._view(*args)
         finally:
-            self._clear()
+            self._written = []
+            for part, where, name, index in self._slots:
+                if where is vars(part) and where[name] is not tensors[index]:
+                    self._written.append((where, name, where[name]))
+                where[name] = None
 
-    def _clear(self):
-        # Who evaluates keeps the tensors.
-        for _, where, name, _ in self._slots:
-            where[name] = None
+    def hand_back(self):
+        """Set in the module what the last forward pass has set on its parts."""
+        for where, name, value in self._written:
+            where[name] = value
+        hand_back(self._before)
 
 
 @torch.no_grad()

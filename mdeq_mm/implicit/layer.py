@@ -16,6 +16,7 @@ from .jacobian import hutchinson
 from .pending import Pending
 from .pickling import let_pickle
 from .solvers import AndersonSolver, PicardSolver, build_solver
+from .solvers.base import finite_rows
 from .state import StateSpec, has_channels_last
 from .threads import PerThread
 from .transforms import transforming
@@ -175,7 +176,7 @@ class EquilibriumLayer(nn.Module):
             lines.insert(1, f'eval_solver={self.eval_solver}')
         return '\n'.join(lines)
 
-    def equation(self, start: Sequence[Tensor], *inputs: Tensor, spec=None):
+    def equation(self, start: Sequence[Tensor], *inputs: Tensor, spec=None, f=None):
         """The equation of one forward pass.
 
         Args:
@@ -183,12 +184,13 @@ class EquilibriumLayer(nn.Module):
             *inputs (Tensor): What f is given beside the state, (N, ...).
             spec (StateSpec, optional): How the maps lie in the state. Default: in
                 the plain memory format.
+            f (FunctionalModule, optional): f as it is now.
 
         Returns:
             Equation: f with weights and inputs fixed.
         """
         spec = spec or StateSpec.of(start)
-        f = FunctionalModule(self.f)
+        f = f or FunctionalModule(self.f)
         count = len(f.tensors)
         autocast = torch.is_autocast_enabled(start[0].device.type)
 
@@ -229,10 +231,16 @@ class EquilibriumLayer(nn.Module):
                 not fixed.
         """
         spec = StateSpec.of(start, channels_last=has_channels_last(start[0]))
-        equation = self.equation(start, *inputs, spec=spec)
+        f = FunctionalModule(self.f)
+        equation = self.equation(start, *inputs, spec=spec, f=f)
         z = spec.pack(start)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         if transforming((z, *equation.tensors)):
+            if self.training and self.jacobian_probes:
+                raise NotImplementedError(
+                    f'jacobian_probes={self.jacobian_probes}: torch.func and forward-'
+                    'mode differentiation take no Jacobian loss along; set it to 0'
+                )
             self._calls.last = (None, None)
             return spec.unpack(self._iterate(equation, z))
         if self.unroll_steps is not None:
@@ -255,6 +263,7 @@ class EquilibriumLayer(nn.Module):
                     self.inspect(equation, solution)
             if self.jacobian_probes:
                 self._add_jacobian_loss(equation, solution)
+        f.hand_back()
         return spec.unpack(out)
 
     def _iterate(self, equation, z):
@@ -280,7 +289,14 @@ class EquilibriumLayer(nn.Module):
         state = iteration.begin(z)
         for _ in range(solver.max_steps):
             state = iteration.step(state, equation(state[0]))
-        return state[1]
+        last, best, least = state[:3]
+        if isinstance(solver, PicardSolver):
+            # The best iterate may be the start, which no weight has a part in. The
+            # last one has been through f most often. (Anderson's weights have no
+            # derivative where residuals are zero.)
+            usable = finite_rows(last)[:, None]
+            best = torch.where(usable, last + (best - last).detach(), best)
+        return torch.where(least.isfinite()[:, None], best, torch.nan)
 
     def forget(self):
         """Let the next solves start cold, whatever was solved before."""

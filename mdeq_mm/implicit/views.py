@@ -4,7 +4,7 @@ import functools
 import types
 from collections import OrderedDict
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, spectral_norm, weight_norm
 
 #: Hooks of PyTorch that make a weight from other tensors before each call. (The
@@ -31,13 +31,14 @@ def view_of(module):
 
     Forward and backward hooks are given the module that they were registered on;
     forward pre-hooks the view, because they may set what it computes with.
-    Attributes that a forward pass sets are set in the view.
+    Attributes that a forward pass sets are set in the view; :func:`hand_back` sets them
+    in the module.
 
     Args:
         module (nn.Module): The module; stays as it is.
 
     Returns:
-        nn.Module: The view.
+        tuple[nn.Module, dict]: The view, and the views of the module and its parts.
     """
     views = {}
     view = _copied(module, views)
@@ -54,7 +55,38 @@ def view_of(module):
                 )
         if state['_forward_pre_hooks']:
             _make_weights(copy)
-    return view
+    return view, views
+
+
+def attributes_of(views):
+    """What the parts of a module have that not every module has.
+
+    Args:
+        views (dict[nn.Module, nn.Module]): Of :func:`view_of`.
+
+    Returns:
+        list[tuple]: For :func:`hand_back`.
+    """
+    return [
+        (part, view, {k: v for k, v in vars(view).items() if k not in _COMMON})
+        for part, view in views.items()
+    ]
+
+
+def hand_back(before):
+    """Set in a module what forward passes have set in its view.
+
+    Args:
+        before (list[tuple]): Of :func:`attributes_of`, from before those passes.
+    """
+    for part, view, old in before:
+        for name, value in vars(view).items():
+            if name in _COMMON or isinstance(value, nn.Module):
+                continue
+            if name not in old or old[name] is not value:
+                # Without its graph, which no later forward pass is part of.
+                value = value.detach() if isinstance(value, Tensor) else value
+                vars(part)[name] = value
 
 
 def _copied(module, views):
@@ -62,7 +94,8 @@ def _copied(module, views):
     if module in views:
         return views[module]
     cls = parametrize.type_before_parametrizations(module)
-    view = views[module] = cls.__new__(cls)
+    # Of a class whose own __new__ makes others, such as torch.fx.GraphModule, too.
+    view = views[module] = object.__new__(cls)
     state = vars(view)
     state.update(vars(module))
     parameters, parts = dict(module._parameters), dict(module._modules)

@@ -25,7 +25,7 @@ from tests.test_tools.test_cifar10_converter import python_members, write_archiv
 HERE = Path(__file__).parent
 # What a checkout has; nothing that was made in one.
 COPIED = (
-    *('configs', 'docs', 'mdeq_mm', 'requirements', 'tests', 'tools'),
+    *('configs', 'docs', 'mdeq_mm', 'requirements', 'tests', 'tools', 'dev'),
     *('Makefile', 'README.md', 'CHANGELOG.md', 'CONTRIBUTING.md', 'CITATION.cff'),
     *('LICENSE', 'model-index.yml', 'pyproject.toml', 'setup.py'),
 )

@@ -63,7 +63,7 @@ def parser_of(path):
             # Scripts in different folders call their parts alike.
             for name in set(sys.modules) - known:
                 file = getattr(sys.modules[name], '__file__', None) or ''
-                if file.startswith(str(ROOT / 'tools')):
+                if file.startswith((str(ROOT / 'tools'), str(ROOT / 'dev'))):
                     del sys.modules[name]
     raise AssertionError(f'{path} parses no arguments')
 
@@ -101,7 +101,7 @@ def check_python(words, root):
         assert (root / name).is_file(), f'there is no {name}'
     args = parser_of(name).parse_args(words)
     for word in words:
-        if re.match('(configs|tools)/', word):
+        if re.match('(configs|tools|dev)/', word):
             assert (root / word).exists(), f'there is no {word}'
         if re.match(r'data/digits/.+\.png', word):
             assert word.removeprefix('data/digits/') in digit_files(), word

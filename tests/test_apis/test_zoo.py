@@ -16,7 +16,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 import mdeq_mm
 from mdeq_mm import __main__ as command
 from mdeq_mm.apis import hub, index, loading
-from mdeq_mm.checkpoints.checkpoint import read_checkpoint
+from mdeq_mm.checkpoints import read_checkpoint
 from tests.helpers import load_tool
 
 SMALL = 'mdeq-small_4xb32-100e_in1k'
@@ -168,7 +168,7 @@ def published(monkeypatch, tmp_path, repo_root):
     shutil.copytree(repo_root / 'configs', root / 'configs')
     shutil.copy(repo_root / index.INDEX, root)
     metafile = root / 'configs' / 'demo' / 'metafile.yml'
-    set_field = load_tool('tools/misc/model_zoo.py').set_field
+    set_field = load_tool('tools/misc/metafiles.py').set_field
     text = set_field(metafile.read_text(), 'mdeq-digits', 'Weights', ADDRESS)
     metafile.write_text(text)
     monkeypatch.setattr(index, 'zoo_root', lambda: root)

@@ -16,17 +16,16 @@ from hypothesis import strategies as st
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 
-from mdeq_mm.checkpoints.checkpoint import (
-    allowed_types,
+from mdeq_mm.checkpoints import (
     check_finite,
     check_no_more,
     check_resumable,
     check_state_dict,
-    load_pretrained,
     read_checkpoint,
     state_dict_of,
-    unreadable_entries,
 )
+from mdeq_mm.checkpoints.fitting import load_pretrained
+from mdeq_mm.checkpoints.reading import allowed_types, unreadable_entries
 from tests.helpers import ROOT
 
 HISTORY = b'cmmengine.logging.history_buffer\nHistoryBuffer\n'
@@ -150,8 +149,8 @@ def test_allow_list_for_the_process(file):
     torch.save(runner_checkpoint(), file)
     code = """
         import sys, torch
-        from mdeq_mm.checkpoints.checkpoint import allow_runner_checkpoints
-        from mdeq_mm.checkpoints.checkpoint import read_checkpoint
+        from mdeq_mm.checkpoints import allow_runner_checkpoints
+        from mdeq_mm.checkpoints import read_checkpoint
         file = sys.argv[1]
         try:
             torch.load(file, weights_only=True)

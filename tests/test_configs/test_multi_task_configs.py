@@ -20,7 +20,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from yapf.yapflib import yapf_api
 
-from mdeq_mm.checkpoints.checkpoint import read_checkpoint
+from mdeq_mm.checkpoints import read_checkpoint
 from mdeq_mm.registry import METRICS, MODELS
 from tests.cityscapes_folder import write_cityscapes
 from tests.image_folders import write_class_folder

@@ -23,7 +23,7 @@ import torch
 from mmengine.config import Config
 from yapf.yapflib import yapf_api
 
-from mdeq_mm.checkpoints.checkpoint import read_checkpoint
+from mdeq_mm.checkpoints import read_checkpoint
 from mdeq_mm.models import MDEQ
 from tests.cityscapes_folder import CLASSES, IGNORED, write_cityscapes
 from tests.helpers import load_tool

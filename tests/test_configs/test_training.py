@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mdeq_mm.checkpoints.checkpoint import read_checkpoint
+from mdeq_mm.checkpoints import read_checkpoint
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 

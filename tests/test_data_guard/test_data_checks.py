@@ -518,6 +518,19 @@ def test_masks_of_0_and_255_leave_a_class_without_pixels(folder):
     assert len(texts) == 1
 
 
+def test_label_maps_of_which_every_pixel_is_ignored(folder):
+    """As masks of 0 and 255 are whose 0 is ignored too."""
+    for path in folder.glob('labels/*.png'):
+        save(path, np.array([[0, 255] * 4] * 6, np.uint8))
+    classes = dict(classes=('wall', 'crack'))
+    data = dataset(folder, metainfo=classes, reduce_zero_label=True)
+    texts = []
+    runner = SimpleNamespace(logger=SimpleNamespace(warning=texts.append))
+    _warn(runner, examine(data, 'train_dataloader.dataset'), data)
+    (text,) = texts
+    assert 'no pixels of 2 of its 2 classes: wall, crack.' in text
+
+
 @pytest.mark.parametrize(
     ('options', 'classes'),
     [

@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.utils.parametrizations import weight_norm
 
-from mdeq_mm.implicit import EquilibriumLayer
+from mdeq_mm.implicit import AndersonSolver, EquilibriumLayer
 from tests.helpers import GRADIENTS, gradient_of, project_classifier, relative
 
 FIXED = {
@@ -62,6 +62,20 @@ class TestEvaluation:
     @pytest.fixture
     def layer(self, kind):
         return make(FIXED[kind]).eval()
+
+    def test_where_the_start_is_the_equilibrium(self, layer, x):
+        """No later iterate is better, and the start is made of no weight."""
+        if isinstance(layer.eval_solver, AndersonSolver):
+            pytest.skip('has no derivative where residuals are zero')
+        z = plain(layer, x).detach()
+        found = grad(lambda x: loss(layer([z], x)[0]))(x)
+        assert relative(found, grad(lambda x: loss(plain(layer, x)))(x)) < 1e-8
+
+    def test_a_sample_that_failed(self, layer, x):
+        x[1] = torch.nan
+        z = vmap(lambda x: call(layer, x[None])[0])(x)
+        assert z[0].isfinite().all() and z[1].isnan().all()
+        assert relative(z[0], call(layer, x)[0]) < 1e-12
 
     def test_grad_and_hessian(self, layer, x):
         for transform in (grad, hessian):
@@ -152,6 +166,13 @@ def test_others_are_refused(x, transform, training, solver, named):
         transform(lambda x: loss(call(layer, x)))(x[:, None])
 
 
+def test_a_jacobian_loss_is_refused(x):
+    layer = make(EXACT, dict(type='UnrolledGradient', steps=4)).train()
+    layer.jacobian_probes = 1
+    with pytest.raises(NotImplementedError, match=r'jacobian_probes=1: .*set it to 0'):
+        grad(lambda x: loss(call(layer, x)))(x)
+
+
 class TestBackbone:
     @pytest.fixture
     def backbone(self):
@@ -169,6 +190,9 @@ class TestBackbone:
         images.requires_grad_()
         (expected,) = torch.autograd.grad(of(images), images)
         images = images.detach()
+        assert relative(grad(of)(images), expected) < 1e-8
+        backbone.warm_start = True
+        backbone(images)
         assert relative(grad(of)(images), expected) < 1e-8
         tangent = torch.randn_like(images)
         _, found = jvp(of, (images,), (tangent,))
@@ -199,6 +223,21 @@ class TestSecondDerivatives:
     @pytest.mark.parametrize('name', [n for n in GRADIENTS if 'unrolled' in n])
     def test_of_unrolled_forms(self, x, name):
         layer = with_gradient(name)
+        x.requires_grad_()
+        wanted = [x, *layer.parameters()]
+
+        def penalty(function):
+            (first,) = torch.autograd.grad(
+                loss(function(layer, x)), x, create_graph=True
+            )
+            return torch.autograd.grad(first.square().sum(), wanted)
+
+        assert relative(penalty(call), penalty(plain)) < 1e-9
+
+    def test_of_a_phantom_gradient_in_evaluation(self, x):
+        """What follows is linear, so that hooks are given nothing to look at."""
+        gradient = dict(type='PhantomGradient', steps=80, unroll=True)
+        layer = make(EXACT, gradient).eval()
         x.requires_grad_()
         wanted = [x, *layer.parameters()]
 

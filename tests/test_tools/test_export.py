@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')
+from mmpretrain.datasets import CustomDataset
 
 from mdeq_mm import get_config
 from mdeq_mm.apis.inference import load_images
@@ -170,6 +171,9 @@ def test_the_size_and_classes_come_from_the_config(tool):
     assert about.classes_of(cfg, Model)[:2] == ['a', 'b']
     Model.head.num_classes = 11
     assert about.classes_of(cfg, Model) is None
+    # A type as a config in Python has it.
+    cfg.test_dataloader.dataset.type = CustomDataset
+    assert images.dataset_class(cfg) is CustomDataset
 
 
 def failing(tool, capsys, *options):

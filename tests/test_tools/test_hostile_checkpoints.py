@@ -23,7 +23,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from mdeq_mm.checkpoints.checkpoint import allow_runner_checkpoints, read_checkpoint
+from mdeq_mm.checkpoints import allow_runner_checkpoints, read_checkpoint
 from mdeq_mm.registry import MODELS
 from tests.image_folders import CIFAR10, write_class_folder
 

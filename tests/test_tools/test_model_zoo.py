@@ -18,7 +18,7 @@ FAST = ['mdeq-digits', 'resnet-digits']
 
 @pytest.fixture(scope='module')
 def zoo():
-    return load_tool('tools/misc/model_zoo.py')
+    return load_tool('dev/model_zoo.py')
 
 
 @pytest.fixture(scope='module')
@@ -167,7 +167,7 @@ class TestTool:
         text = str(error.value)
         assert 'Parameters is 99747 in the metafile and 99748 in truth' in text
         assert 'FLOPs is' in text
-        assert 'another line in model_zoo.md: run tools/misc/model_zoo.py' in text
+        assert 'another line in model_zoo.md: run dev/model_zoo.py' in text
 
     def test_prints_lines_of_the_table(self, zoo, capsys):
         zoo.main(['resnet-dig*'])

@@ -20,7 +20,7 @@ from yapf.yapflib import yapf_api
 pytest.importorskip('mmseg', reason='mmseg is not installed')
 import mmseg
 
-from mdeq_mm.checkpoints.checkpoint import read_checkpoint
+from mdeq_mm.checkpoints import read_checkpoint
 from mdeq_mm.models import MDEQ
 from tests.helpers import load_tool
 from tests.test_tools.test_train_test import (

@@ -186,7 +186,7 @@ class TestGetFlops:
         assert '4.02 M' in capsys.readouterr().out
 
     def test_agrees_with_the_model_zoo(self, flops):
-        zoo = load_tool('tools/misc/model_zoo.py')
+        zoo = load_tool('dev/model_zoo.py')
         cfg = Config.fromfile(SCENES)
         size = (1, 48, 64)
         cost = zoo.measure(cfg, size)

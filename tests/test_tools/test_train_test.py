@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import mmengine
@@ -18,7 +19,7 @@ import mmpretrain
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from tests.image_folders import CIFAR10, IMAGENET, write_class_folder
 
@@ -450,6 +451,29 @@ def test_drawing_needs_a_hook(refused, trained, cifar10_folder):
          'VisualizationHook'),
     ]:  # fmt: skip
         assert words in refused('test', TINY, checkpoint, *options)
+
+
+def test_types_that_are_classes(monkeypatch):
+    """In a config in Python: each toolbox's own way of drawing, and of refusing."""
+    from mmseg.engine.hooks import SegVisualizationHook
+
+    from mdeq_mm.multi_task import MultiTaskDataset
+
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    monkeypatch.delitem(sys.modules, 'test', raising=False)
+    tool = import_module('test')
+    hook = ConfigDict(type=SegVisualizationHook)
+    cfg = Config(dict(visualizer=dict(type='SegLocalVisualizer')))
+    cfg.default_hooks = ConfigDict(visualization=hook)
+    tool.set_visualization(
+        cfg, SimpleNamespace(interval=1, show=False, wait_time=0, show_dir='shown')
+    )
+    assert cfg.default_hooks.visualization.draw
+    assert cfg.visualizer.save_dir == 'shown'
+    assert 'enable' not in cfg.default_hooks.visualization
+    cfg.test_dataloader = ConfigDict(dataset=dict(type=MultiTaskDataset))
+    with pytest.raises(SystemExit):
+        tool.set_tta(cfg)
 
 
 def test_unfit_checkpoints_are_refused(refused, trained, cifar10_folder, tmp_path):

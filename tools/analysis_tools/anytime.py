@@ -34,6 +34,7 @@ from options import add_model_options, add_opacity, add_solver_options, check_op
 
 from mdeq_mm.apis.anytime import predict_by_evaluation
 from mdeq_mm.apis.inference import load_image, load_model
+from mdeq_mm.registry import name_of
 
 # Of a strip and one of its pictures, were it of 4:3, in inches.
 STRIP_WIDTH, PICTURE_WIDTH = 16, 3.2
@@ -222,7 +223,7 @@ def main(argv=None) -> None:
             f'{args.config!r} is no segmentation config: it needs default_scope='
             "'mmseg' and a test_dataloader, whose pipeline the image runs through."
         )
-    if str(cfg.test_dataloader.dataset.type).endswith('MultiTaskDataset'):
+    if name_of(cfg.test_dataloader.dataset.type) == 'MultiTaskDataset':
         fail(
             f'{args.config!r} is of joint training: give the segmentation config, '
             'which the joint checkpoint fits too.'

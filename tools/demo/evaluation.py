@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mdeq_mm.analysis.saved_bytes import saved_bytes_per_image
-from mdeq_mm.checkpoints.checkpoint import allow_runner_checkpoints
+from mdeq_mm.checkpoints import allow_runner_checkpoints
 
 
 class Trained:

@@ -16,6 +16,7 @@ from mdeq_mm.apis.inference import load_model
 from mdeq_mm.apis.solver_settings import set_solver
 from mdeq_mm.implicit.layer import equilibrium_layers, recorded
 from mdeq_mm.models.implicit_models.equilibrium_report import annotate
+from mdeq_mm.registry import name_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +61,7 @@ def read_model_config(args: argparse.Namespace) -> Config:
         )
     if not cfg.get('test_dataloader'):
         fail(f'{args.config!r} has no test_dataloader, whose pipeline the images take.')
-    if str(cfg.test_dataloader.dataset.type).endswith('MultiTaskDataset'):
+    if name_of(cfg.test_dataloader.dataset.type) == 'MultiTaskDataset':
         fail(
             f'{args.config!r} is of joint training: give the config of one of its '
             'tasks, which the joint checkpoint fits too.'

@@ -6,7 +6,7 @@ SHA-256 in its name, and into the metafile as Weights. It then loads by name:
 
     mdeq_mm.get_model('mdeq-digits', pretrained=True)
 
-Afterwards run tools/misc/model_zoo.py --write, which puts it into docs/model_zoo.md.
+Afterwards run dev/model_zoo.py --write, which puts it into docs/model_zoo.md.
 With --out the file goes anywhere, and nothing else is written: to publish a model of
 one's own.
 
@@ -29,13 +29,13 @@ import torch
 sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 sys.path.insert(1, osp.dirname(osp.abspath(__file__)))
 from common import fail
-from model_zoo import set_field
+from metafiles import set_field
 
 from mdeq_mm import __version__, get_config
 from mdeq_mm.apis.index import SCHEME, find_entry, zoo_root
 from mdeq_mm.apis.inference import load_model
 from mdeq_mm.apis.loading import dataset_meta
-from mdeq_mm.checkpoints.checkpoint import check_finite, read_checkpoint, state_dict_of
+from mdeq_mm.checkpoints import check_finite, read_checkpoint, state_dict_of
 from mdeq_mm.checkpoints.saving import AtomicLocalBackend
 
 #: Bytes that a file in the repository may have.

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mdeq_mm.checkpoints.checkpoint import read_checkpoint, state_dict_of
+from mdeq_mm.checkpoints import read_checkpoint, state_dict_of
 
 F = 'backbone.equilibrium.f'
 NORMALISED = dict(

@@ -15,7 +15,7 @@ from mmengine.runner import find_latest_checkpoint
 from rich.console import Console
 from rich.markdown import Markdown
 
-from mdeq_mm.checkpoints.checkpoint import read_checkpoint
+from mdeq_mm.checkpoints import read_checkpoint
 
 REPO = Path(__file__).resolve().parents[2]
 

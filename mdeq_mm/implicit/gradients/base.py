@@ -9,7 +9,7 @@ from torch import Tensor
 from ..build import build
 from ..solution import Solution
 from ..transforms import transforming
-from .linearise import Linearisation, finite_samples, replace_failed
+from .linearise import Linearisation, evaluate, finite_samples, replace_failed
 
 
 def build_gradient(cfg, field='gradient'):
@@ -81,30 +81,22 @@ def no_second_derivative(backward):
 class _Equilibrium(torch.autograd.Function):
     """f(z*), with a backward pass that solves for the adjoint first.
 
-    The tensors of the equation are inputs of the function: their gradients are
-    returned, never accumulated by a ``backward()`` inside, which distributed
-    wrappers forbid.
+    The tensors of the equation, and strays behind them, are inputs of the function:
+    their gradients are returned, never accumulated by a ``backward()`` inside, which
+    distributed wrappers forbid.
     """
 
     @staticmethod
-    def forward(ctx, equation, solution, adjoint, history, *tensors):
+    def forward(
+        ctx, equation, solution, adjoint, healthy, out, linear, history, *tensors
+    ):
         z = solution.value
-        healthy = equation.healthy(solution.residual.isfinite())
-        ctx.solution, ctx.adjoint = solution, adjoint
+        ctx.solution, ctx.adjoint, ctx.linear = solution, adjoint, linear
         # The equation is kept without its tensors: they are saved where autograd
         # sees them.
         ctx.equation = equation.bind(())
         ctx.save_for_backward(z, healthy, *history, *tensors)
         ctx.history = len(history)
-        ctx.linear = None
-        if equation.recompute or not any(ctx.needs_input_grad):
-            equation, inside = replace_failed(equation, z, healthy)
-            out = equation(inside)
-        else:
-            ctx.linear = Linearisation(equation, z, tensors, healthy)
-            out = ctx.linear.value
-            # Not to be kept: the backward pass needs the recorded graph alone.
-            ctx.linear.value = None
         # f(z*) may overflow though f was finite at z* in the solve; the head
         # gets finite features in any case.
         usable = healthy & out.isfinite().all(1)
@@ -115,9 +107,11 @@ class _Equilibrium(torch.autograd.Function):
     def backward(ctx, grad):
         z, healthy, *tensors = ctx.saved_tensors
         history, tensors = tensors[: ctx.history], tensors[ctx.history :]
+        count = len(ctx.equation.per_sample)
+        equation, strays = ctx.equation.bind(tensors[:count]), tensors[count:]
         linear, ctx.linear = ctx.linear, None
         if linear is None:
-            linear = Linearisation(ctx.equation, z, tensors, healthy)
+            linear = Linearisation(equation, z, equation.tensors, healthy, strays)
         usable = healthy & grad.isfinite().all(1)
         grad = torch.where(usable[:, None], grad, torch.zeros_like(grad)).to(z.dtype)
         y, solution = ctx.adjoint(linear.product, grad, *history)
@@ -127,48 +121,50 @@ class _Equilibrium(torch.autograd.Function):
             # A derivative of f is not finite there: 0 * NaN would reach the
             # shared weights, so f is recorded again without these samples.
             usable &= ~failed
-            grads = _product_of(usable, ctx.equation, z, tensors, y)
+            grads = _product_of(usable, equation, z, strays, y)
         else:
             grads = linear.full_product(y)
-        equation = ctx.equation.bind(tensors)
         if not equation.half and not _shared_are_finite(equation, grads):
             # In float16 that is an overflow, which a loss scaler has to see.
-            usable &= _sound_samples(equation, z, y)
-            grads = _product_of(usable, equation, z, tensors, y)
-        return None, None, None, None, *grads
+            usable &= _sound_samples(equation, z, strays, y)
+            grads = _product_of(usable, equation, z, strays, y)
+        return None, None, None, None, None, None, None, *grads
 
 
-def _product_of(usable, equation, z, tensors, y):
+def _product_of(usable, equation, z, strays, y):
     """The full product of f recorded again, with the usable samples (N,) alone."""
     if not usable.any():
-        return [torch.zeros_like(t) for t in tensors]
+        return [torch.zeros_like(t) for t in (*equation.tensors, *strays)]
     y = torch.where(usable[:, None], y, torch.zeros_like(y))
-    return Linearisation(equation, z, tensors, usable).full_product(y)
+    linear = Linearisation(equation, z, equation.tensors, usable, strays)
+    return linear.full_product(y)
 
 
 def _shared_are_finite(equation, grads):
     """Whether the gradients of all tensors that samples share are finite."""
+    mine = equation.per_sample
+    mine = (*mine, *[False] * (len(grads) - len(mine)))
     shared = [
-        g.sum()
-        for g, mine in zip(grads, equation.per_sample, strict=True)
-        if g is not None and not mine
+        g.sum() for g, m in zip(grads, mine, strict=True) if g is not None and not m
     ]
     return not shared or bool(torch.stack(shared).isfinite().all())
 
 
-def _sound_samples(equation, z, y):
+def _sound_samples(equation, z, strays, y):
     """Samples whose own product with the shared tensors' Jacobian is finite, (N,).
 
     Args:
         equation (Equation): f.
         z (Tensor): (N, D).
+        strays (Sequence[Tensor]): What else f is differentiated by.
         y (Tensor): (N, D), the adjoint.
     """
     sound = []
     for i in range(len(z)):
         row = slice(i, i + 1)
         one = equation.take(row)
-        linear = Linearisation(one, z[row], one.tensors, z.new_ones(1).bool())
+        healthy = z.new_ones(1).bool()
+        linear = Linearisation(one, z[row], one.tensors, healthy, strays)
         sound.append(_shared_are_finite(one, linear.full_product(y[row])))
     return torch.tensor(sound, device=z.device)
 
@@ -228,9 +224,19 @@ def equilibrium(equation, solution: Solution, adjoint, history=()):
         Tensor: (N, D). Samples whose solve gave nothing finite keep z* and
         contribute nothing to any gradient.
     """
+    z, linear = solution.value, None
+    healthy = equation.healthy(solution.residual.isfinite())
+    if equation.recompute or not torch.is_grad_enabled():
+        out, strays = evaluate(equation, z, healthy)
+    else:
+        linear = Linearisation(equation, z, equation.tensors, healthy)
+        out, strays = linear.value, linear.strays
+        # Not to be kept: the backward pass needs the recorded graph alone.
+        linear.value = None
     return _Equilibrium.apply(
-        equation, solution, adjoint, tuple(history), *equation.tensors
-    )
+        equation, solution, adjoint, healthy, out, linear, tuple(history),
+        *equation.tensors, *strays,
+    )  # fmt: skip
 
 
 def iterate(equation, z: Tensor, steps, damping=1.0):

@@ -16,9 +16,12 @@ class Linearisation:
         z (Tensor): (N, D), the point.
         tensors (Sequence[Tensor]): The equation's tensors.
         healthy (Tensor): (N,) bool; other samples are replaced.
+        strays (Sequence[Tensor], optional): What f is differentiated by beside these
+            (:func:`evaluate`); products with them follow those with the tensors.
+            Default: what is found.
     """
 
-    def __init__(self, equation, z, tensors, healthy):
+    def __init__(self, equation, z, tensors, healthy, strays=None):
         wanted = [t.requires_grad for t in tensors]
         equation, z = replace_failed(equation.bind(tensors), z, healthy)
         with torch.enable_grad():
@@ -29,12 +32,16 @@ class Linearisation:
             ]
             out = equation(z, leaves)
         self.value = out.detach()
+        if strays is None:
+            strays = _strays(out, {id(t) for t in (z, *leaves)})
+        self.strays = strays
         self._out = get_gradient_edge(out) if out.requires_grad else None
         self._z = get_gradient_edge(z)
         self._leaves = [
-            get_gradient_edge(t) if t.requires_grad else None for t in leaves
+            get_gradient_edge(t) if t.requires_grad else None
+            for t in (*leaves, *strays)
         ]
-        self._per_sample = equation.per_sample
+        self._per_sample = (*equation.per_sample, *[False] * len(strays))
 
     def product(self, y):
         """J' y, the product with the transposed Jacobian in z, (N, D)."""
@@ -72,13 +79,59 @@ class Linearisation:
         found, rest = found[: len(first)], iter(found[len(first) :])
         grads = [None if edge is None else next(rest) for edge in self._leaves]
         return found, [
-            finite_samples(grad) if mine and grad is not None else grad
+            finite_samples(grad) if mine else grad
             for grad, mine in zip(grads, self._per_sample, strict=True)
         ]
 
 
+def evaluate(equation, z, healthy):
+    """F at a point, and what it is differentiated by beside the equation's tensors.
+
+    Adapters that are hooked to a layer, or compiled into it, hold weights that are in
+    no module of f. They are found in the graph, of which nothing is kept.
+
+    Args:
+        equation (Equation): f.
+        z (Tensor): (N, D), the point.
+        healthy (Tensor): (N,) bool; other samples are replaced.
+
+    Returns:
+        tuple[Tensor, list[Tensor]]: f(z), detached, and such tensors; none where
+        gradients are off.
+    """
+    equation, z = replace_failed(equation, z, healthy)
+    if not torch.is_grad_enabled():
+        return equation(z), []
+    with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+        z = z.detach().requires_grad_()
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in equation.tensors]
+        out = equation(z, leaves)
+    return out.detach(), _strays(out, {id(t) for t in (z, *leaves)})
+
+
+def _drop(tensor):
+    return None
+
+
+def _strays(out, known):
+    """Leaves of a graph whose identities are not among the known ones."""
+    found, seen, nodes = [], set(), [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, 'variable', None)
+        if leaf is not None and id(leaf) not in known:
+            found.append(leaf)
+        nodes += [following for following, _ in node.next_functions]
+    return found
+
+
 def finite_samples(grad: Tensor):
-    """Set samples that are not finite to zero, (N, ...)."""
+    """Set samples that are not finite to zero, (N, ...); None, for zero, stays."""
+    if grad is None:
+        return None
     finite = grad.isfinite()[:, None].flatten(1).all(1)
     finite = finite.view(-1, *[1] * (grad.dim() - 1))
     return torch.where(finite, grad, torch.zeros_like(grad))

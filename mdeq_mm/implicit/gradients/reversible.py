@@ -8,7 +8,7 @@ from ..checks import check_int, check_share
 from ..solution import Solution, Status
 from ..solvers.base import residual_of
 from .base import Gradient, infinite, no_second_derivative
-from .linearise import Linearisation, finite_samples
+from .linearise import Linearisation, evaluate, finite_samples
 
 #: Digits that reconstructing the states may lose; float64 has 16.
 MOST_DIGITS = 9.0
@@ -63,10 +63,12 @@ class ReversibleGradient(Gradient):
         with torch.no_grad():
             finite = start.isfinite().all(1, keepdim=True)
             start = torch.where(finite, start, torch.zeros_like(start))
+        everyone = torch.ones(len(start), dtype=torch.bool, device=start.device)
+        first, strays = evaluate(equation, start.double(), everyone)
         # What the last evaluation of f was made of, for the residual.
         seen = {}
-        out = _Reversible.apply(equation, start, self.steps, self.beta, seen,
-                                *equation.tensors)  # fmt: skip
+        out = _Reversible.apply(equation, start, first, self.steps, self.beta, seen,
+                                *equation.tensors, *strays)  # fmt: skip
         healthy, last, fz = seen['healthy'], seen['last'], seen['fz']
         residual = residual_of(last, fz)
         residual = torch.where(healthy, residual, infinite(len(residual), residual))
@@ -78,10 +80,10 @@ class ReversibleGradient(Gradient):
 
 class _Reversible(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, equation, start, steps, beta, seen, *tensors):
+    def forward(ctx, equation, start, first, steps, beta, seen, *tensors):
         y = z = start.double()
-        for _ in range(steps):
-            y = y.lerp(equation(z), beta)
+        for step in range(steps):
+            y = y.lerp(equation(z) if step else first, beta)
             fz = equation(y)
             z = z.lerp(fz, beta)
         healthy = equation.healthy(y.isfinite().all(1) & z.isfinite().all(1))
@@ -95,7 +97,8 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx, grad):
         start, y, z, healthy, *tensors = ctx.saved_tensors
         steps, beta = ctx.steps, ctx.beta
-        equation = ctx.equation.bind(tensors)
+        count = len(ctx.equation.per_sample)
+        equation, strays = ctx.equation.bind(tensors[:count]), tensors[count:]
         usable = healthy & grad.isfinite().all(1)
         grad_z = torch.where(usable[:, None], grad, torch.zeros_like(grad)).double()
         grad_y = torch.zeros_like(grad_z)
@@ -103,7 +106,7 @@ class _Reversible(torch.autograd.Function):
 
         def back(partner, point, upstream):
             """Undo one half step, in which f at ``point`` was mixed into a state."""
-            linear = Linearisation(equation, point, tensors, usable)
+            linear = Linearisation(equation, point, equation.tensors, usable, strays)
             product, grads = linear.all_products(beta * upstream)
             for i, grad in enumerate(grads):
                 if grad is not None:
@@ -117,4 +120,4 @@ class _Reversible(torch.autograd.Function):
             grad_z, grad_y = (1 - beta) * grad_z, grad_y + product
             y, product = back(y, z, grad_y)
             grad_z, grad_y = grad_z + product, (1 - beta) * grad_y
-        return None, None, None, None, None, *total
+        return None, None, None, None, None, None, *total

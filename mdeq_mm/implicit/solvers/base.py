@@ -274,6 +274,8 @@ class _Progress:
         self.steps = torch.zeros(n, dtype=torch.int64, device=z.device)
         self.status = torch.full_like(self.steps, Status.MAX_STEPS)
         self.running = torch.ones_like(self.steps, dtype=torch.bool)
+        # Of f at the best iterate.
+        self.size = self.residual.clone()
         # Residual that counts as the last progress, and evaluations since then.
         self.anchor = self.residual.clone()
         self.idle = torch.zeros_like(self.steps)
@@ -297,7 +299,9 @@ class _Progress:
         if solver.tol > 0:
             floor = self.floor
             if solver.norm == 'abs':
-                floor = floor * torch.linalg.vector_norm(fz, dim=1)
+                size = torch.linalg.vector_norm(fz, dim=1)
+                self.size = torch.where(better, size, self.size)
+                floor = floor * self.size
             stalled = (self.idle >= solver.idle) & (self.residual <= floor)
             ends += [
                 (stalled, Status.STALLED),

@@ -14,10 +14,11 @@ from torch.nn.functional import avg_pool2d
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...checkpoints.checkpoint import check_no_more, check_state_dict, init_pretrained
+from ...checkpoints import check_no_more, check_state_dict, init_pretrained
 from ...implicit import EquilibriumLayer, StateSpec
 from ...implicit.checks import check_flag, check_int, is_number
 from ...implicit.state import has_channels_last
+from ...implicit.transforms import transforming
 from ...registry import MODELS
 from ..checks import check_init, check_norm
 from ..layers import MultiscaleFunction, channel_mask
@@ -199,7 +200,7 @@ class MDEQ(BaseModule):
         """Initialise, or load the checkpoint that ``init_cfg`` names."""
         try:
             loaded = init_pretrained(self)
-        except (FileNotFoundError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             if self.pretrained is None:
                 raise
             raise type(error)(f'{error}. {whence(self.pretrained)}') from error
@@ -225,7 +226,8 @@ class MDEQ(BaseModule):
         self._check_images(x)
         injections = self.inject(x)
         start = self._start(injections[0])
-        if self.warm_start and not self.training:
+        # The last solution is no function of the images that are transformed.
+        if self.warm_start and not self.training and not transforming((x,)):
             start = self._continued(start)
         masks = ()
         if self.equilibrium.training and self.arch.dropout > 0:

@@ -22,8 +22,8 @@ def whence(pretrained):
 def adapt_channels(module, state_dict, prefix, *args):
     """Pre-hook for ``load_state_dict``: fit the stem to images of other channels.
 
-    Filters are repeated over the channels and scaled, so that the sum over them
-    stays; those for one channel are the sums themselves.
+    Filters are repeated over the channels and scaled by the ratio of their numbers, so
+    that activations keep their size; those for one channel are the sums of all.
 
     Args:
         module (MDEQ): The backbone that loads.

@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn.functional import relu
 from torch.nn.utils.parametrizations import weight_norm as normalise
 
+from ...implicit.pickling import let_pickle
+
 
 def group_norm(groups, channels, affine=True):
     """Group norm with the settings of the official model."""
@@ -28,7 +30,9 @@ def conv(kernel, inside, outside, stride=1, weight_norm=False):
         None, inside, outside, kernel, stride, padding=kernel // 2, bias=False
     )
     if weight_norm:
-        return normalise(layer, dim=0)
+        normalise(layer, dim=0)
+        let_pickle(layer)
+        return layer
     # As in the official model: norms follow, so that the size matters to the optimiser
     # alone.
     nn.init.normal_(layer.weight, std=0.01)

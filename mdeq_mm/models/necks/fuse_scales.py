@@ -9,7 +9,7 @@ from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.model import BaseModule
 from torch import nn
 
-from ...checkpoints.checkpoint import check_no_more, check_state_dict, init_pretrained
+from ...checkpoints import check_no_more, check_state_dict, init_pretrained
 from ...implicit.checks import check_flag
 from ...registry import MODELS
 from ..checks import check_init, check_norm

@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
-from mdeq_mm.checkpoints.checkpoint import allowed_types
+from mdeq_mm.checkpoints.reading import allowed_types
 from mdeq_mm.models import MDEQ
 
 COUNT = count()

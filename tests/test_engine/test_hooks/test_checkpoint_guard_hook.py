@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 
-from mdeq_mm.checkpoints.checkpoint import read_checkpoint
+from mdeq_mm.checkpoints import read_checkpoint
 from mdeq_mm.checkpoints.checkpoint_guard_hook import guard_checkpoints
 from mdeq_mm.registry import HOOKS
 from tests.helpers import ROOT, logged

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.runner import Runner
 
-from mdeq_mm.checkpoints.checkpoint import read_checkpoint
+from mdeq_mm.checkpoints import read_checkpoint
 from mdeq_mm.resume import ExactResumeHook
 from tests import killed_training as training
 from tests.helpers import logged

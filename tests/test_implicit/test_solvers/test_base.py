@@ -659,3 +659,20 @@ class TestCheckEvery:
     def test_refused(self, kind):
         with pytest.raises(ValueError, match=r'check_every=0 .*1 or more'):
             kind(check_every=0)
+
+
+@pytest.mark.parametrize('norm', ['rel', 'abs'])
+def test_a_long_rise_before_the_solution_is_no_rest(norm):
+    """The residual of a shift that grows 20 entries ahead, then is zero at once."""
+    n = 30
+    shift = torch.diag(torch.full((n - 1,), 10.0, dtype=torch.float64), 1)
+    bias = torch.zeros(1, n, dtype=torch.float64)
+    bias[0, -1] = 1
+
+    def f(z):
+        return z @ shift.T + bias
+
+    solver = PicardSolver(max_steps=80, tol=1e-9, norm=norm)
+    solution = solver.solve(f, torch.zeros_like(bias))
+    assert solution.status.tolist() == [Status.CONVERGED]
+    assert solution.residual.item() == 0 and solution.steps.item() == n + 1

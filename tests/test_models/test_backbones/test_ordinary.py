@@ -1,6 +1,7 @@
 """What users do to the modules of any backbone, done to f."""
 
 import functools
+import pickle
 import types
 
 import pytest
@@ -104,6 +105,72 @@ def test_a_forward_that_was_set_on_a_layer(backbone, images, how):
         default=lambda x, layer=conv: scaled(layer, x),
     )[how]
     assert_follows(backbone, images)
+
+
+@pytest.mark.parametrize('how', ['hook', 'pre-hook', 'forward', 'script'])
+def test_adapters_that_are_no_part_of_f(backbone, images, how):
+    """As toolkits attach them: the weights lie outside, and train."""
+    conv = backbone.equilibrium.f.fusion.paths[0]['1'].conv
+    down = nn.Conv2d(conv.in_channels, 2, 1, bias=False).double()
+    up = nn.Conv2d(2, conv.out_channels, 1, bias=False).double()
+    before, old = backbone(images), conv.forward
+    if how == 'hook':
+        conv.register_forward_hook(lambda m, i, out: out + 0.1 * up(down(i[0])))
+    elif how == 'pre-hook':
+        up = nn.Conv2d(2, conv.in_channels, 1, bias=False).double()
+        conv.register_forward_pre_hook(lambda m, i: (i[0] + 0.1 * up(down(i[0])),))
+    elif how == 'forward':
+        conv.forward = lambda x: old(x) + 0.1 * up(down(x))
+    else:
+        norm = backbone.equilibrium.f.post_norms[0]
+        backbone.equilibrium.f.post_norms[0] = torch.jit.script(norm)
+        down = up = norm
+    if how != 'script':
+        assert relative(backbone(images), before) > 1e-4
+    assert_follows(backbone, images, [down.weight, up.weight, conv.weight])
+
+
+def test_a_part_that_was_traced(backbone, images):
+    f = backbone.equilibrium.f
+    f.post_norms[0] = torch.fx.symbolic_trace(f.post_norms[0])
+    assert_follows(backbone, images)
+
+
+class Recorder(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls, self.seen = inner, 0, None
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen = self.inner(x)
+        return self.seen
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_what_a_layer_keeps_on_itself(backbone, images, training):
+    """Attention maps, for one: the last of a forward pass, without its graph."""
+    backbone.train(training)
+    parameters = list(backbone.parameters())
+    expected = gradients(backbone(images), parameters)
+    f = backbone.equilibrium.f
+    f.post_norms[0] = layer = Recorder(f.post_norms[0])
+    calls = 0
+    for _ in range(2):
+        found = gradients(backbone(images), parameters)
+        assert relative(found, expected) < 1e-12
+        assert layer.calls - calls >= backbone.last_solution.steps.max()
+        assert layer.seen.grad_fn is None
+        state = layer.seen.flatten(1)
+        value = backbone.last_solution.value[:, : state.shape[1]]
+        assert relative(state, value) < 1e-6
+        calls = layer.calls
+
+
+def test_f_alone_is_pickled(backbone):
+    f = backbone.equilibrium.f
+    twin = pickle.loads(pickle.dumps(f))
+    assert all(map(torch.equal, f.parameters(), twin.parameters()))
 
 
 class TestHooks:

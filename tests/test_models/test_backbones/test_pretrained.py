@@ -346,6 +346,18 @@ class TestOtherChannels:
         with pytest.raises(SystemExit):
             common.check_checkpoint_sound(runner, save(state))
 
+    def test_a_type_as_it_is_written_into_files(self, state, save):
+        """Of a config in Python, dumped: loaded as by its name, with its checks."""
+        init_cfg = dict(type='mmengine.model.PretrainedInit', checkpoint=save(state))
+        model = make(in_channels=4, init_cfg=init_cfg)
+        with logged() as texts:
+            model.init_weights()
+        assert any('loaded' in text for text in texts)
+        assert torch.equal(
+            model.state_dict()['injection.0.conv.weight'],
+            state['injection.0.conv.weight'],
+        )
+
     def test_other_shapes_stay_an_error(self, state, save):
         state['stem.0.conv.weight'] = state['stem.0.conv.weight'][:4]
         with pytest.raises(RuntimeError, match=r'stem\.0\.conv\.weight has shape'):
@@ -372,6 +384,19 @@ class TestInheritedPretrained:
     def test_that_is_not_there(self, tmp_path):
         message = self.refusal(str(tmp_path / 'no.pth'), FileNotFoundError)
         assert 'does not exist' in message
+
+    def test_that_is_a_folder(self, tmp_path):
+        message = self.refusal(str(tmp_path), IsADirectoryError)
+        assert 'is a folder' in message
+
+    def test_that_needs_a_package(self, monkeypatch):
+        def fail(*args, **kwargs):
+            raise ImportError('Please install petrel_client')
+
+        monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', fail)
+        message = self.refusal('s3://bucket/a.pth', ValueError)
+        assert 'a package for such addresses is missing' in message
+        assert 'damaged' not in message
 
     @pytest.mark.parametrize(
         'error', [URLError('no route'), ConnectionResetError('reset'), TimeoutError()]

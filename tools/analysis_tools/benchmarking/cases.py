@@ -12,7 +12,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
 from mdeq_mm.apis.index import zoo_root
-from mdeq_mm.checkpoints.checkpoint import read_checkpoint, state_dict_of
+from mdeq_mm.checkpoints import read_checkpoint, state_dict_of
 from mdeq_mm.registry import MODELS
 
 from .torchdeq_layer import TorchDEQLayer

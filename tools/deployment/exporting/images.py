@@ -22,7 +22,8 @@ def dataset_class(cfg):
     # Unlike get(), this imports what the toolbox registers.
     dataset = first_test_dataset(cfg)
     with DATASETS.switch_scope_and_registry(dataset.get('_scope_')) as registry:
-        return registry.get(dataset['type'])
+        kind = dataset['type']
+        return registry.get(kind) if isinstance(kind, str) else kind
 
 
 def size_of(cfg):

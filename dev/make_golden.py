@@ -7,7 +7,7 @@ fixed-point iteration until nothing changes, gradients by differentiating throug
 long iteration. Tests compare the package with them.
 
 Example:
-    python tools/misc/make_golden.py tests/golden/mdeq_tiny.pt --force
+    python dev/make_golden.py tests/golden/mdeq_tiny.pt --force
 """
 
 import argparse

@@ -11,8 +11,8 @@ adds configs that no metafile has, on the pattern of the one with the most simil
 look at what it wrote.
 
 Example:
-    python tools/misc/model_zoo.py --check
-    python tools/misc/model_zoo.py 'mdeq-*in1k'
+    python dev/model_zoo.py --check
+    python dev/model_zoo.py 'mdeq-*in1k'
 """
 
 import argparse
@@ -31,17 +31,20 @@ from mmengine.fileio import load
 from mmengine.logging import MMLogger
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
+sys.path.insert(0, osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), 'tools'))
 sys.path.insert(1, osp.join(sys.path[0], 'analysis_tools'))
+sys.path.insert(2, osp.join(sys.path[0], 'misc'))
 from common import fail
 from contentless import without_content
+from metafiles import set_field
 
 from mdeq_mm.apis.inference import load_model
+from mdeq_mm.registry import name_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / 'docs' / 'model_zoo.md'
-BEGIN = '<!-- Written by tools/misc/model_zoo.py -->'
-END = '<!-- End of what is written by tools/misc/model_zoo.py -->'
+BEGIN = '<!-- Written by dev/model_zoo.py -->'
+END = '<!-- End of what is written by dev/model_zoo.py -->'
 
 TITLES = dict(
     imagenet='ImageNet',
@@ -167,34 +170,6 @@ def read_metafiles():
     return {Path(p).parent.name: load(ROOT / p)['Models'] for p in paths}
 
 
-def set_field(text, name, field, value):
-    """Set a field of a model in the text of a metafile, or add it.
-
-    Args:
-        text (str): Of the metafile.
-        name (str): Of the model.
-        field (str): ``'FLOPs'`` or ``'Parameters'``, which are there, or
-            ``'Weights'``.
-        value: What it is to be.
-
-    Returns:
-        str: The new text.
-    """
-    blocks = re.split(r'(?m)^(?=  - Name: )', text)
-    for number, block in enumerate(blocks):
-        if not block.startswith(f'  - Name: {name}\n'):
-            continue
-        line = re.compile(rf'(?m)^( +{field}: ).*$')
-        if line.search(block):
-            block = line.sub(lambda found: f'{found[1]}{value}', block)
-        else:
-            config = re.compile(r'(?m)^(    )(Config: .*\n)')
-            block = config.sub(rf'\1\2\1{field}: {value}\n', block)
-        blocks[number] = block
-        return ''.join(blocks)
-    raise ValueError(f'no model is called {name!r} in the metafile')
-
-
 def missing_configs(families):
     """Configs that no metafile has.
 
@@ -225,7 +200,7 @@ def new_entry(path, models):
     pattern = by_stem[like]['Metadata']
     cfg = Config.fromfile(path)
     length = 'Epochs' if 'max_epochs' in cfg.train_cfg else 'Iterations'
-    kind = cfg.model.backbone.type.rpartition('.')[2]
+    kind = name_of(cfg.model.backbone.type)
     tasks = pattern['Task'] if isinstance(pattern['Task'], list) else [pattern['Task']]
     fields = [
         '    Metadata:',
@@ -465,7 +440,7 @@ def main(argv=None) -> None:
     families = add_missing(read_metafiles()) if args.write else read_metafiles()
     if args.check and (missing := missing_configs(families)):
         names = ', '.join(path.stem for path in missing)
-        fail(f'no metafile has {names}: run tools/misc/model_zoo.py --write.')
+        fail(f'no metafile has {names}: run dev/model_zoo.py --write.')
     families = choose(families, args.patterns)
     costs = {}
     MMLogger.get_current_instance().setLevel('ERROR')
@@ -479,7 +454,7 @@ def main(argv=None) -> None:
     if args.check:
         found = differences(families, costs, whole=not args.patterns)
         if found:
-            fail('; '.join(found) + ': run tools/misc/model_zoo.py --write.')
+            fail('; '.join(found) + ': run dev/model_zoo.py --write.')
         print(f'{len(costs)} models cost what metafiles and {PAGE.name} say.')
     elif args.write:
         texts = update_metafiles(costs)

@@ -5,7 +5,7 @@ variable; on the right what a trained MDEQ thinks of a handwritten digit after e
 evaluation of f.
 
 Example:
-    python tools/misc/draw_equilibrium.py --image docs/images/digit.png
+    python dev/draw_equilibrium.py --image docs/images/digit.png
 """
 
 import argparse
