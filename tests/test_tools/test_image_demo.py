@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.logging import MMLogger
 
 from mdeq_mm.apis.inference import load_image, load_model
 from tests.helpers import ROOT, load_tool, write_project_classifier
@@ -152,6 +153,8 @@ def test_a_named_model_with_a_checkpoint(tool, images, tmp_path, capsys):
 def test_options_reach_the_published_weights(tool, images, capsys):
     pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')
     option = 'model.backbone.eval_solver.max_steps=2'
+    # The last logger of other tests may write where theirs was captured.
+    MMLogger.get_instance('of this test')
     tool.main([str(images / '1.png'), 'mdeq-digits', '--device', 'cpu',
                '--cfg-options', option])  # fmt: skip
     said = capsys.readouterr()
