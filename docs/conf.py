@@ -17,7 +17,10 @@ source_suffix = {'.md': 'markdown'}
 # The source is the whole repository, so that pages link to the README, to configs and
 # to code as they do where Markdown is shown as it is.
 root_doc = 'docs/index'
-include_patterns = ['README.md', 'CHANGELOG.md', 'docs/**', 'configs/*/README.md']
+include_patterns = [
+    *('README.md', 'CHANGELOG.md', 'CONTRIBUTING.md'),
+    *('docs/**', 'configs/*/README.md'),
+]
 html_extra_path = ['site']
 html_theme = 'furo'
 html_title = f'mdeq_mm {version}'
