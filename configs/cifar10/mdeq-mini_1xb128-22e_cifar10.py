@@ -1,5 +1,5 @@
-# A small MDEQ for one core of a CPU. The first five epochs apply f twice instead of
-# solving, which costs two thirds as much.
+# A small MDEQ for one core of a CPU. All but the last five epochs apply f twice instead
+# of solving, which takes half the time (docs/learning.md has the price).
 _base_ = [
     '../_base_/models/mdeq_mini_cifar.py',
     '../_base_/datasets/cifar10_bs32.py',
