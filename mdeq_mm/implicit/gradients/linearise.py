@@ -24,16 +24,10 @@ class Linearisation:
     def __init__(self, equation, z, tensors, healthy, strays=None):
         wanted = [t.requires_grad for t in tensors]
         equation, z = replace_failed(equation.bind(tensors), z, healthy)
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            leaves = [
-                t.detach().requires_grad_(want)
-                for t, want in zip(equation.tensors, wanted, strict=True)
-            ]
-            out = equation(z, leaves)
+        out, z, leaves = _record(equation, z, wanted)
         self.value = out.detach()
         if strays is None:
-            strays = _strays(out, {id(t) for t in (z, *leaves)})
+            strays = _strays(out, (z, *leaves))
         self.strays = strays
         self._out = get_gradient_edge(out) if out.requires_grad else None
         self._z = get_gradient_edge(z)
@@ -85,7 +79,7 @@ class Linearisation:
 
 
 def evaluate(equation, z, healthy):
-    """F at a point, and what it is differentiated by beside the equation's tensors.
+    """Value of f at a point, and tensors that it depends on beside the equation's.
 
     Adapters that are hooked to a layer, or compiled into it, hold weights that are in
     no module of f. They are found in the graph, of which nothing is kept.
@@ -99,14 +93,29 @@ def evaluate(equation, z, healthy):
         tuple[Tensor, list[Tensor]]: f(z), detached, and such tensors; none where
         gradients are off.
     """
+    wanted = [t.requires_grad for t in equation.tensors]
     equation, z = replace_failed(equation, z, healthy)
     if not torch.is_grad_enabled():
         return equation(z), []
     with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+        out, z, leaves = _record(equation, z, wanted)
+    return out.detach(), _strays(out, (z, *leaves))
+
+
+def _record(equation, z, wanted):
+    """The graph of f at a point, apart from the graphs of its tensors.
+
+    Returns:
+        tuple[Tensor, Tensor, list[Tensor]]: f(z), and the leaves of the graph: z, and
+        the equation's tensors, those with gradients that are wanted.
+    """
+    with torch.enable_grad():
         z = z.detach().requires_grad_()
-        leaves = [t.detach().requires_grad_(t.requires_grad) for t in equation.tensors]
-        out = equation(z, leaves)
-    return out.detach(), _strays(out, {id(t) for t in (z, *leaves)})
+        leaves = [
+            t.detach().requires_grad_(want)
+            for t, want in zip(equation.tensors, wanted, strict=True)
+        ]
+        return equation(z, leaves), z, leaves
 
 
 def _drop(tensor):
@@ -114,7 +123,8 @@ def _drop(tensor):
 
 
 def _strays(out, known):
-    """Leaves of a graph whose identities are not among the known ones."""
+    """Leaves of a graph that are none of the known tensors."""
+    known = {id(t) for t in known}
     found, seen, nodes = [], set(), [out.grad_fn]
     while nodes:
         node = nodes.pop()
